@@ -1,0 +1,81 @@
+"""What does not change during a run: teacher, tokenizer, data, seed, training arguments. Stages read it, none writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .tasks import Task
+from .teacher import DistillCollator, predict_logits
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task and its tokenised splits (`input_ids`, `attention_mask`, `labels`, ...)."""
+
+    task: Task
+    train: Dataset
+    validation: Dataset
+
+
+@dataclass(frozen=True)
+class Context:
+    """Read-only surroundings of the stages of one run.
+
+    Attributes:
+        tokenizer: of the checkpoint; every model of a run shares it.
+        data: the target task.
+        other: intermediate tasks by name, for stages with `task: NAME`.
+        pool: tokenised text without labels that `Distill` soft-labels, or None.
+        teacher: the frozen teacher of the target task; None before it exists.
+        args: `TrainingArguments` fields that the user set for every training stage.
+        seed: of every random choice; stage i uses seed + i.
+        cache_dir: teacher logits and other reusable intermediate results.
+        results: folders of the stages that are done, by their folder name such as "01-finetune".
+        compute_metrics: replaces the task's own metrics; (logits, labels) -> {name: value}, the headline first.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    data: TaskData
+    cache_dir: Path
+    other: Mapping[str, TaskData] = field(default_factory=dict)
+    pool: Dataset | None = None
+    teacher: PreTrainedModel | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 42
+    results: Mapping[str, Path] = field(default_factory=dict)
+    compute_metrics: Any = None
+
+    @property
+    def collator(self) -> DistillCollator:
+        return DistillCollator(self.tokenizer)
+
+    @property
+    def disable_tqdm(self) -> bool:
+        return bool(self.args.get("disable_tqdm", False))
+
+    def data_for(self, task: str | None) -> TaskData:
+        """The target task's data, or an intermediate task's by name."""
+        return self.data if task is None or task == self.data.task.name else self.other[task]
+
+    def evaluate(self, model: PreTrainedModel, task: str | None = None) -> dict[str, float]:
+        """Metrics on the validation split, the headline first; fp32, so that a figure does not depend on the hardware."""
+        data = self.data_for(task)
+        labels = np.asarray(data.validation["labels"][:])
+        logits = predict_logits(model, data.validation, self.collator, disable_tqdm=self.disable_tqdm)
+        if self.compute_metrics is not None and data is self.data:
+            return {k: float(v) for k, v in self.compute_metrics((logits, labels)).items()}
+        metrics = data.task.compute(logits, labels)
+        return {data.task.headline: metrics[data.task.headline], **metrics}
+
+
+def device_of_run() -> torch.device:
+    """Where training and measuring take place."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

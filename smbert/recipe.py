@@ -1,0 +1,194 @@
+"""Recipe: a chain of stages, the same thing in YAML and in Python.
+
+name: two steps
+max_length: 128
+teacher: {epochs: 3, learning_rate: 2.0e-5}     # how the teacher is made where the checkpoint is not fine-tuned yet
+start: teacher                                  # or checkpoint: the chain begins at the raw encoder
+stages:
+  - {kind: depth_reduction, layers: 1/2}
+  - {kind: distill, objectives: [{kind: logits, weight: 5}, {kind: hidden, weight: 2}]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .context import Context
+from .stages import STAGES, Finetune, Outline, Stage, build
+
+# A wheel carries the recipes inside the package; in a checkout they lie beside it.
+BUILT_IN = next(p for p in (Path(__file__).with_name("recipes"), Path(__file__).parents[1] / "recipes") if p.is_dir())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A chain of stages.
+
+    Attributes:
+        stages: run in this order.
+        name: for reports.
+        teacher: makes the teacher where the checkpoint has no head for the task yet.
+        start: "teacher" hands the teacher to the first stage, "checkpoint" the checkpoint as it came.
+        max_length: most tokens per row.
+    """
+
+    stages: tuple[Stage, ...]
+    name: str = "custom"
+    teacher: Finetune = field(default_factory=Finetune)
+    start: str = "teacher"
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if self.start not in ("teacher", "checkpoint"):
+            raise ValueError(
+                f"`start` must be teacher or checkpoint, got {self.start!r}. To resolve, choose one of them."
+            )
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(f"`stages` must hold stages, got {stage!r}. To resolve, use {', '.join(STAGES)}.")
+
+    @property
+    def folder_names(self) -> list[str]:
+        """Where each stage's result goes: 01-depth_reduction, 02-distill, ... (00-teacher is the teacher)."""
+        return [f"{i:02d}-{stage.kind}" for i, stage in enumerate(self.stages, 1)]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Intermediate tasks that the stages name."""
+        return sorted({t for s in self.stages if (t := getattr(s, "task", None)) is not None})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """From the YAML form; every fault of every part in one ValueError."""
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"a recipe must be a mapping with the key `stages`, got {type(values).__name__}. To resolve, see the README."
+            )
+        faults, stages = [], []
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            faults.append(
+                f"unknown key {', '.join(unknown)}; known keys are {', '.join(known)}. To resolve, correct or drop it."
+            )
+        for number, item in enumerate(values.get("stages") or (), 1):
+            try:
+                stages.append(build(STAGES, item, "stage"))
+            except (ValueError, TypeError) as error:
+                faults.append(f"stage {number}: {error}")
+        teacher = Finetune()
+        try:
+            if "teacher" in values:
+                teacher = build({"finetune": Finetune}, {"kind": "finetune", **values["teacher"]}, "teacher")
+        except (ValueError, TypeError) as error:
+            faults.append(f"teacher: {error}")
+        if not values.get("stages"):
+            faults.append("`stages` must hold at least one stage. To resolve, add one.")
+        if faults:
+            raise ValueError(_several("the recipe", faults))
+        rest = {k: v for k, v in values.items() if k not in ("stages", "teacher")}
+        return cls(stages=tuple(stages), teacher=teacher, **rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The YAML form."""
+        teacher = {k: v for k, v in self.teacher.to_dict().items() if k != "kind"}
+        return {
+            "name": self.name,
+            "start": self.start,
+            "max_length": self.max_length,
+            "teacher": teacher,
+            "stages": [stage.to_dict() for stage in self.stages],
+        }
+
+    @classmethod
+    def from_yaml(cls, text_or_path: str | Path) -> Recipe:
+        """From a file, or from YAML text (anything with a line break)."""
+        text = str(text_or_path)
+        if "\n" not in text:
+            path = Path(text_or_path)
+            if not path.is_file():
+                raise ValueError(
+                    f"`recipe` must be a YAML file, but there is no file {path}. To resolve, check the path."
+                )
+            text = path.read_text(encoding="utf-8")
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"the recipe is not YAML: {' '.join(str(error).split())}. To resolve, correct it."
+            ) from error
+        return cls.from_dict(values)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def named(cls, name: str) -> Recipe:
+        """A recipe that ships with smbert, by name."""
+        path = BUILT_IN / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
+            raise ValueError(
+                f"`recipe` must be a YAML file, a Recipe, stages, or one of {known}, got {name!r}. To resolve, choose one."
+            )
+        return cls.from_yaml(path)
+
+    def override(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with keys set by path, such as {"max_length": 64, "teacher.epochs": 1, "stages.2.epochs": 4} (stages from 1)
+        or {"distill.epochs": 2} (every stage of that kind)."""
+        values = self.to_dict()
+        faults = []
+        for path, value in changes.items():
+            head, _, rest = path.partition(".")
+            if head == "stages" and rest.count(".") == 1 and rest.split(".")[0].isdigit():
+                number, key = rest.split(".")
+                targets = values["stages"][int(number) - 1 : int(number)]
+            elif head in STAGES and rest:
+                targets, key = [s for s in values["stages"] if s["kind"] == head], rest
+            elif head == "teacher" and rest:
+                targets, key = [values["teacher"]], rest
+            else:
+                targets, key = [values], path
+            if not targets:
+                faults.append(
+                    f"{path!r} names no stage of this recipe. To resolve, use one of {', '.join(self.folder_names)}."
+                )
+            for target in targets:
+                target[key] = value
+        if faults:
+            raise ValueError(_several("the recipe", faults))
+        return type(self).from_dict(values)
+
+    def check(self, before: Outline, context: Context) -> Outline:
+        """Walk through the stages without running them.
+
+        Raises:
+            ValueError: every stage that cannot work, in one message.
+        """
+        faults, names = [], self.folder_names
+        outline = replace(before, done=("00-teacher",))
+        for number, stage in enumerate(self.stages):
+            try:
+                outline = stage.outline(outline, context)
+            except ValueError as error:
+                faults.append(f"stage {names[number]}: {error}")
+            outline = replace(outline, done=(*outline.done, names[number]))
+        if not faults and outline.task is not None:
+            faults.append(
+                f"the last stage leaves a model with the head of {outline.task!r}, not of {context.data.task.name!r}. "
+                "To resolve, end with a finetune or distill stage on the target task."
+            )
+        if faults:
+            raise ValueError(_several("the recipe", faults))
+        return outline
+
+
+def _several(what: str, faults: list[str]) -> str:
+    return (
+        faults[0] if len(faults) == 1 else f"{what} has {len(faults)} faults:\n" + "\n".join(f"  - {f}" for f in faults)
+    )

@@ -1,0 +1,296 @@
+"""The run loop: each stage's result becomes a folder that loads with `from_pretrained`, whole or not at all.
+
+    out/00-teacher/         the teacher, where the run had to make it
+    out/01-depth_reduction/ model, tokenizer, stage.json
+    out/.02-distill.work/   an unfinished stage's checkpoints; gone when the stage is done
+
+stage.json holds the stage's configuration, a fingerprint of everything that its result depends on, the hash of the weights, and what
+the stage reported. A second run skips the stages whose fingerprint still holds and goes on inside the one that was interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import PreTrainedModel, set_seed
+
+from . import __version__
+from .checkpoints import load_model, save_model
+from .context import Context
+from .modeling import layer_widths
+from .recipe import Recipe
+from .stages import Stage
+from .teacher import dataset_fingerprint, model_fingerprint
+
+logger = logging.getLogger(__name__)
+STAGE_FILE = "stage.json"
+
+
+class Runner:
+    """Runs stages below one output folder, and remembers what is done.
+
+    Args:
+        output_dir: where the stage folders go.
+        resume: use what an earlier run left there; False starts over.
+
+    Raises:
+        ValueError: `output_dir` is a file, or holds files that are not of a run.
+    """
+
+    def __init__(self, output_dir: str | Path, resume: bool = True):
+        self.output_dir = Path(output_dir)
+        self.state = PartialState()
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ValueError(
+                f"`output_dir` must be a folder, got the file {output_dir}. To resolve, choose another name."
+            )
+        if not resume and self.state.is_main_process and self.output_dir.is_dir():
+            for folder in [*self.output_dir.glob("[0-9][0-9]-*"), *self.output_dir.glob(".[0-9][0-9]-*.work")]:
+                shutil.rmtree(folder)
+        self.state.wait_for_everyone()
+
+    def run(
+        self, stage: Stage, model: PreTrainedModel, context: Context, name: str
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """One stage: skipped where its result is there, continued where it was interrupted.
+
+        Returns:
+            The result, loaded anew from its folder, and the content of its stage.json.
+
+        Raises:
+            ValueError: the folder is damaged, or holds the result of another recipe; the message says what differs.
+            OSError: the disk is full; what was finished stays.
+        """
+        folder, workdir = self.output_dir / name, self.output_dir / f".{name}.work"
+        inputs = stage_inputs(stage, model, context)
+        finished = finished_stage(folder, inputs)
+        if finished is None:
+            unfinished_of_another(workdir, inputs)
+            try:
+                finished = self._do(stage, model, context, name, inputs, folder, workdir)
+            except OSError as error:
+                if error.errno == errno.ENOSPC or "No space left" in str(error):
+                    raise OSError(
+                        errno.ENOSPC,
+                        f"the disk is full; stage {name} is not finished and the stages before it stay in {self.output_dir}. "
+                        "To resolve, free space and run the same command again",
+                    ) from error
+                raise
+        elif self.state.is_main_process:
+            logger.info("stage %s is done already, skipped", name)
+        return load_model(folder), finished
+
+    def _do(
+        self,
+        stage: Stage,
+        model: PreTrainedModel,
+        context: Context,
+        name: str,
+        inputs: dict[str, Any],
+        folder: Path,
+        workdir: Path,
+    ) -> dict[str, Any]:
+        if self.state.is_main_process:
+            logger.info("stage %s begins", name)
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(workdir / "inputs.json", inputs)
+        self.state.wait_for_everyone()
+        set_seed(context.seed)
+        start = time.perf_counter()
+        result, info = stage.run(model, context, workdir)
+        result = result.float().cpu().eval()
+        if self.state.is_main_process:
+            difference = self._save(
+                result,
+                context,
+                folder,
+                workdir,
+                {
+                    "name": name,
+                    "stage": stage.to_dict(),
+                    "inputs": inputs,
+                    "layer_widths": [list(w) for w in layer_widths(result.config)],
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "smbert": __version__,
+                    "transformers": transformers.__version__,
+                    "torch": torch.__version__,
+                    **{k: v for k, v in info.items() if k != "loss_log"},
+                },
+                info.get("loss_log", []),
+            )
+            logger.info("stage %s is done; reloaded logits differ by %.1e", name, difference)
+        self.state.wait_for_everyone()
+        return json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+
+    def _save(
+        self,
+        model: PreTrainedModel,
+        context: Context,
+        folder: Path,
+        workdir: Path,
+        record: dict[str, Any],
+        log: list[Any],
+    ) -> float:
+        """Save into the work folder, reload, compare, and only then give the result its name."""
+        new = workdir / "result"
+        shutil.rmtree(new, ignore_errors=True)
+        save_model(model, new, context.tokenizer)
+        reloaded = load_model(new)
+        rows = context.data.validation.select(range(min(8, len(context.data.validation))))
+        batch = {
+            k: v for k, v in context.collator([rows[i] for i in range(len(rows))]).items() if k in model_inputs(context)
+        }
+        with torch.inference_mode():
+            difference = (model(**batch).logits - reloaded(**batch).logits).abs().max().item()
+        if not difference <= 1e-4:
+            raise RuntimeError(
+                f"the saved model of {record['name']} answers differently when loaded again (logits differ by {difference:.2e}); "
+                f"it is left in {new}. To resolve, report this with the model's config.json."
+            )
+        write_json(new / "loss_log.json", log)
+        write_json(new / STAGE_FILE, {**record, "weights_sha256": weights_hash(new)})
+        new.rename(folder)
+        shutil.rmtree(workdir)
+        return difference
+
+
+def model_inputs(context: Context) -> set[str]:
+    return set(context.tokenizer.model_input_names)
+
+
+def run_recipe(
+    recipe: Recipe, model: PreTrainedModel, context: Context, runner: Runner
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """All stages in turn.
+
+    Returns:
+        The last stage's result and the stage.json of each stage.
+    """
+    records = []
+    for stage, name in zip(recipe.stages, recipe.folder_names):
+        model, record = runner.run(stage, model, context, name)
+        context = replace(context, results={**context.results, name: runner.output_dir / name})
+        records.append(record)
+    return model, records
+
+
+def stage_inputs(stage: Stage, model: PreTrainedModel, context: Context) -> dict[str, Any]:
+    """Everything that a stage's result depends on, by name; small enough to be written beside it."""
+    data = context.data_for(getattr(stage, "task", None))
+    out: dict[str, Any] = {
+        "stage": stage.to_dict(),
+        "seed": context.seed,
+        "model": model_fingerprint(model),
+        "data": dataset_fingerprint(data.train),
+        "args": {k: v for k, v in sorted(context.args.items()) if k not in IRRELEVANT_ARGS},
+    }
+    if stage.kind == "distill":
+        if getattr(stage, "teacher", None) == "teacher" and context.teacher is not None:
+            out["teacher"] = model_fingerprint(context.teacher)
+        if context.pool is not None:
+            out["pool"] = dataset_fingerprint(context.pool)
+    return out
+
+
+# Arguments that change what is shown or kept on the way, and not the result.
+IRRELEVANT_ARGS = {
+    "disable_tqdm", "logging_steps", "logging_strategy", "report_to", "run_name", "save_steps", "save_total_limit",
+    "dataloader_num_workers", "log_level", "project", "save_strategy",
+}  # fmt: skip
+
+
+def finished_stage(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a finished stage, None where there is none.
+
+    Raises:
+        ValueError: the folder is damaged, or was made from other inputs.
+    """
+    if not folder.exists():
+        return None
+    file = folder / STAGE_FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        kept, digest = record["inputs"], record["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} holds no readable {STAGE_FILE} ({type(error).__name__}), so it is not the whole result of a stage. "
+            "To resolve, delete that folder and run the same command again."
+        ) from error
+    if changes := differences(kept, inputs):
+        raise ValueError(
+            f"{folder} was made with other settings: {'; '.join(changes)}. To resolve, choose another `output_dir`, go back to the old "
+            "settings, or start over with resume=False (flag --restart)."
+        )
+    if weights_hash(folder) != digest:
+        raise ValueError(
+            f"the weights in {folder} are not those that the stage wrote: they are damaged or were changed. "
+            "To resolve, delete that folder and run the same command again."
+        )
+    return record
+
+
+def unfinished_of_another(workdir: Path, inputs: Mapping[str, Any]) -> None:
+    """Refuse to continue a stage that was interrupted under other settings."""
+    file = workdir / "inputs.json"
+    if not file.is_file():
+        return
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return
+    if changes := differences(kept, inputs):
+        raise ValueError(
+            f"{workdir} holds an interrupted stage with other settings: {'; '.join(changes)}. To resolve, go back to the old settings, "
+            "choose another `output_dir`, or start over with resume=False (flag --restart)."
+        )
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What changed between two JSON-like values, each change in words."""
+    new = json.loads(json.dumps(new))
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        out = []
+        for key in sorted(set(old) | set(new)):
+            path = f"{where}.{key}" if where else str(key)
+            if key not in old or key not in new:
+                out.append(
+                    f"`{path}` was {json.dumps(old.get(key, 'not set'))} and is {json.dumps(new.get(key, 'not set'))}"
+                )
+            else:
+                out += differences(old[key], new[key], path)
+        return out
+    if old == new:
+        return []
+    if where in ("model", "data", "teacher", "pool"):
+        return [f"the {where} is another one"]
+    return [f"`{where}` was {json.dumps(old)} and is {json.dumps(new)}"]
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the safetensors files of a folder; of nothing where there are none."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 22), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, file)

@@ -1,0 +1,146 @@
+"""Multi-objective knowledge distillation."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ..checkpoints import load_model
+from ..context import Context, TaskData, device_of_run
+from ..heads import with_head
+from ..measure import supports_bf16
+from ..objectives import (
+    OBJECTIVES,
+    AttentionObjective,
+    HiddenObjective,
+    LogitsObjective,
+    Objective,
+    build_objectives,
+)
+from ..surgery import structure_of
+from ..teacher import cached_logits, join_unlabelled, with_teacher_logits
+from ..trainer import Distillation
+from .base import Outline, TrainingStage, build
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(TrainingStage):
+    """Multi-objective knowledge distillation into the model that flows (or another checkpoint).
+
+    Teacher logits are computed once, cached on disk and reused; the teacher runs live only for objectives that read what is
+    inside it. Papers: Hinton (2015), TinyBERT (2020), MiniLMv2 (2021); the default mix is the SmBERT paper's.
+
+    Attributes:
+        objectives: the losses and their weights; see `smbert.objectives`.
+        teacher: "teacher" (the target task's), the folder name of an earlier stage ("00-finetune"), or a checkpoint.
+        student: a checkpoint that takes the place of the model that flows.
+        data: "task" (labelled rows), "pool" (unlabelled texts), or "both"; "auto" is both where there is a pool.
+    """
+
+    kind: ClassVar[str] = "distill"
+    objectives: tuple[Objective, ...] = field(
+        default_factory=lambda: (
+            LogitsObjective(weight=5.0, temperature=3.0),
+            HiddenObjective(weight=2.0),
+            AttentionObjective(weight=1.0),
+        )
+    )
+    teacher: str = "teacher"
+    student: str | None = None
+    data: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "objectives", tuple(_objective(o) for o in self.objectives))
+        if self.data not in ("auto", "task", "pool", "both"):
+            raise ValueError(
+                f"`data` must be auto, task, pool or both, got {self.data!r}. To resolve, choose one of them."
+            )
+
+    def outline(self, before: Outline, context: Context) -> Outline:
+        after = super().outline(before, context)
+        if self.data in ("pool", "both") and context.pool is None:
+            raise ValueError(
+                f"`data: {self.data}` needs unlabelled texts. To resolve, pass `unlabelled_dataset`, or use `data: task`."
+            )
+        if self.teacher == "teacher" and after.task is not None:
+            raise ValueError(
+                f"distill on task {self.task!r} needs a teacher of that task. To resolve, set `teacher` to the folder name of the "
+                "stage that was fine-tuned on it."
+            )
+        if _is_stage_name(self.teacher) and self.teacher not in before.done:
+            raise ValueError(
+                f"`teacher` must name a stage before this one ({', '.join(before.done) or 'none'}), got {self.teacher!r}. "
+                "To resolve, correct it."
+            )
+        if self.student is not None:
+            after = replace(after, structure=structure_of(load_model(self.student)), heads_known=True)
+        if context.teacher is not None and self.teacher == "teacher":
+            objectives = self.objectives
+            if not after.heads_known:
+                bad = [o.kind for o in objectives if o.kind == "attention" and getattr(o, "heads", None) != "mean"]
+                if bad:
+                    raise ValueError(
+                        "an attention objective needs equal head counts, and a pruning before it decides them by budget. "
+                        "To resolve, use the relation objective, or put this stage before the pruning."
+                    )
+            else:
+                build_objectives(
+                    objectives, after.structure, structure_of(context.teacher), context.data_for(self.task).task.kind
+                )
+        return after
+
+    def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+        data = context.data_for(self.task)
+        device = device_of_run()
+        teacher = self._teacher(context)
+        student = with_head(load_model(self.student) if self.student else copy.deepcopy(model), data.task).to(device)
+        objective = build_objectives(self.objectives, structure_of(student), structure_of(teacher), data.task.kind)
+        rows = self._rows(data, context)
+        live = objective.needs.live_teacher
+        if objective.needs.teacher_logits and not live:
+            logits = cached_logits(
+                teacher.to(device),
+                rows,
+                context.collator,
+                context.cache_dir,
+                bf16=supports_bf16(),
+                disable_tqdm=context.disable_tqdm,
+            )
+            rows = with_teacher_logits(rows, logits)
+        holder = Distillation(student, objective.to(device), teacher.to(device) if live else None)
+        info = self.train(holder, rows, context, workdir, data)
+        return student, {"teacher_ran_live": live, **info}
+
+    def _teacher(self, context: Context) -> PreTrainedModel:
+        if self.teacher == "teacher":
+            if context.teacher is None:
+                raise ValueError(
+                    "distill needs a teacher. To resolve, pass `teacher`, or begin the recipe with finetune."
+                )
+            return context.teacher
+        return load_model(context.results.get(self.teacher, self.teacher))
+
+    def _rows(self, data: TaskData, context: Context) -> Dataset:
+        use_pool = context.pool is not None and self.data in ("auto", "pool", "both")
+        labelled = data.train if self.data != "pool" else None
+        return self.rows(join_unlabelled(labelled, context.pool if use_pool else None, data.task), context)
+
+
+def _is_stage_name(name: str) -> bool:
+    return bool(re.fullmatch(r"\d\d-[a-z_]+", name))
+
+
+def _objective(value: Any) -> Objective:
+    out = build(OBJECTIVES, value, "objective")
+    if not isinstance(out, Objective):
+        raise TypeError(
+            f"`objectives` must hold objectives, got {value!r}. To resolve, write {{kind: logits, weight: 1.0}}."
+        )
+    return out
