@@ -118,16 +118,6 @@ class Budget:
         return replace(self, **found)
 
     def widths_within(self, widths: Widths) -> list[tuple[int, int]]:
-        """The (heads, neurons) that a uniform budget without `params` or `macs` leaves of each layer.
-
-        Raises:
-            ValueError: more than a layer has.
-        """
-        sizes = dict(zip(("heads", "ffn"), zip(*widths)))
-        kept = {n: size if getattr(self, n) is None else self._counts(n, size) for n, size in sizes.items()}
-        return list(zip(kept["heads"], kept["ffn"]))
-
-    def widths_within(self, widths: Widths) -> list[tuple[int, int]]:
         """What the counts and shares of `heads` and `ffn` leave of each layer's (heads, neurons), at scope "uniform".
 
         Raises:

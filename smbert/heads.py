@@ -1,21 +1,52 @@
-"""Putting the right classification head on an encoder."""
+"""Classification heads: does a checkpoint's head fit a task, and if not, a fresh one."""
 
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
+from typing import Any
 
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from .tasks import Task
 
+HEAD = "ForSequenceClassification"
 
-def fits(model: PreTrainedModel, task: Task) -> bool:
-    """True if the model carries a head for this task: as many labels, and the same names where both name them."""
-    if not type(model).__name__.endswith("ForSequenceClassification") or model.config.num_labels != task.num_labels:
-        return False
-    own = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-    unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(own))
-    return unnamed or not task.label_names or own == list(task.label_names)
+
+def is_finetuned(model: str | Path | PreTrainedModel) -> bool:
+    """True if a checkpoint (or loaded model) says that it carries a trained classification head."""
+    if isinstance(model, PreTrainedModel):
+        return type(model).__name__.endswith(HEAD)
+    file = Path(model) / "config.json"
+    if file.is_file():
+        named: Any = json.loads(file.read_text(encoding="utf-8")).get("architectures")
+    else:
+        named = AutoConfig.from_pretrained(str(model)).architectures
+    return any(name.endswith(HEAD) for name in named or ())
+
+
+def label_names(model: PreTrainedModel) -> list[str] | None:
+    """The names of the model's labels, None where it only has numbers."""
+    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def check_labels(model: PreTrainedModel, task: Task) -> None:
+    """ValueError unless a fine-tuned model's labels are the task's, in number and in order."""
+    if model.config.num_labels != task.num_labels:
+        raise ValueError(
+            f"`num_labels` must agree: the model was trained on {model.config.num_labels} labels, the data of {task.name!r} have "
+            f"{task.num_labels}. To resolve, correct the data, or pass new_head=True (flag --new-head) for a fresh classifier."
+        )
+    own, names = label_names(model), [name.casefold() for name in task.label_names]
+    if own is None or not names or all(name.isdigit() for name in names):
+        return
+    if [name.casefold() for name in own] != names:
+        raise ValueError(
+            f"label names must agree, in this order: the model has {own}, the data have {list(task.label_names)}. To resolve, pass "
+            "`label_names` in the model's order, or new_head=True (flag --new-head) for a fresh classifier."
+        )
 
 
 def with_head(model: PreTrainedModel, task: Task) -> PreTrainedModel:
@@ -23,17 +54,21 @@ def with_head(model: PreTrainedModel, task: Task) -> PreTrainedModel:
 
     The fresh head is initialised by the family's own rule from torch's global seed. Label names and problem type go to the config.
     """
-    if not fits(model, task):
+    try:
+        check_labels(model, task)
+        fits = type(model).__name__.endswith(HEAD)
+    except ValueError:
+        fits = False
+    if not fits:
         config = copy.deepcopy(model.config)
         config.num_labels = task.num_labels
-        # A copied config keeps the back end in a private field that from_config overwrites: ModernBERT would drop its sliding mask.
+        # from_config overwrites the back end that a config keeps in private: ModernBERT would drop its sliding mask.
         new = AutoModelForSequenceClassification.from_config(
             config, attn_implementation=model.config._attn_implementation, dtype=model.dtype
         )
-        prefix = new.base_model_prefix
-        body = getattr(model, prefix, model)
-        getattr(new, prefix).load_state_dict(body.state_dict(), strict=False)
-        model = new.to(next(body.parameters()).device).train(model.training)
+        body = getattr(model, model.base_model_prefix, model)
+        getattr(new, new.base_model_prefix).load_state_dict(body.state_dict(), strict=False)
+        model = new.to(model.device).train(model.training)
     model.config.problem_type = task.problem_type
     if task.label_names:
         model.config.id2label = dict(enumerate(task.label_names))

@@ -27,21 +27,8 @@ from .modeling import encoder_layers, family_of, head_dim, layer_widths
 Latencies = dict[str, dict[str, dict[str, float]]]  # {name: {"32x128": {"p50": ms, "p95": ms}}}
 
 # The instruction sets that decide how fast matrix products in fp32, bf16 and int8 are.
-_ISA = (
-    *(
-        "avx2",
-        "fma",
-        "avx_vnni",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_int8",
-        "amx_bf16",
-    ),
-    *("asimd", "asimddp", "i8mm", "bf16", "sve"),  # ARM
-)
+_X86 = "avx2 fma avx_vnni avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16"
+_ISA = tuple(f"{_X86} asimd asimddp i8mm bf16 sve".split())
 _LEAST_RUNS = 5  # a median of fewer runs says nothing, however slow the model
 
 
@@ -72,11 +59,8 @@ def count_parameters(model: nn.Module) -> Parameters:
         # MPNet's table of relative positions lies beside its layers, not among the other embeddings.
         if name.split(".")[0].startswith("embeddings") or isinstance(module, nn.Embedding):
             embedding.update((id(p), p.numel()) for p in module.parameters() if id(p) not in encoder)
-    return Parameters(
-        total=sum(p.numel() for p in model.parameters()),
-        encoder=sum(encoder.values()),
-        embedding=sum(embedding.values()),
-    )
+    total = sum(p.numel() for p in model.parameters())
+    return Parameters(total, encoder=sum(encoder.values()), embedding=sum(embedding.values()))
 
 
 def encoder_macs(
@@ -139,7 +123,7 @@ def size_mb(path: str | os.PathLike[str]) -> float:
         return path.stat().st_size / 1e6
     if not path.is_dir():
         raise FileNotFoundError(
-            f"`path` must be a file or a model folder, got {str(path)!r}. To resolve, save the model first."
+            f"`path` must be a file or a model folder, got {str(path)!r}. To resolve, save the model."
         )
     kinds = (("model*.safetensors",), ("pytorch_model*.bin",), ("*.onnx", "*.onnx_data", "*.onnx.data"), ("**/*",))
     found = ([file for pattern in kind for file in path.glob(pattern) if file.is_file()] for kind in kinds)
@@ -178,9 +162,9 @@ def environment(threads: int | None = None, dtype: torch.dtype | None = None) ->
         dtype: the dtype that `latency` was given; None leaves it out.
     """
     name, flags = _cpu()
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     versions: dict[str, str | None] = {}
-    for package in ("torch", "transformers", "smbert"):
+    for package in ("transformers", "smbert"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # run from a checkout
@@ -192,8 +176,8 @@ def environment(threads: int | None = None, dtype: torch.dtype | None = None) ->
         "threads": torch.get_num_threads() if threads is None else threads,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with its build: "+cpu", "+cu130"
         **versions,
-        "torch": torch.__version__,  # with its build: "+cpu", "+cu130"
         "platform": f"{platform.system()} {platform.machine()}",
     }
     return description if dtype is None else {**description, "dtype": str(dtype).removeprefix("torch.")}
@@ -277,15 +261,12 @@ def latency_on(
     Raises:
         ValueError: as `latency`, or no batches, or lists of unequal length.
     """
-    inputs: dict[str, Sequence[Mapping[str, Tensor]]]
-    inputs = dict(batches) if isinstance(batches, Mapping) else {name: batches for name in models}
+    inputs = batches if isinstance(batches, Mapping) else {name: batches for name in models}
     if set(inputs) != set(models):
         raise ValueError(f"`batches` must have the names of the models, {sorted(models)}, got {sorted(inputs)}.")
     counts = {len(group) for group in inputs.values()}
     if models and (len(counts) != 1 or counts == {0}):
-        raise ValueError(
-            f"`batches` must hold the same number of batches, at least 1, for all models, got {sorted(counts)}."
-        )
+        raise ValueError(f"`batches` must hold equally many batches, at least 1, for all models, got {sorted(counts)}.")
     plain = {
         name: [{key: value for key, value in batch.items() if key not in ("labels", "label")} for batch in group]
         for name, group in inputs.items()
@@ -313,9 +294,7 @@ def speedups(latencies: Latencies, baseline: str = "teacher") -> dict[str, dict[
     base = latencies[baseline]
     for name, figures in latencies.items():
         if missing := sorted(set(figures) - set(base)):
-            raise ValueError(
-                f"`latencies` must hold the baseline {baseline!r} for {missing}, for which {name!r} was timed."
-            )
+            raise ValueError(f"`latencies` must hold the baseline {baseline!r} for {missing}, as it does {name!r}.")
     return {name: {k: base[k]["p50"] / v["p50"] for k, v in figures.items()} for name, figures in latencies.items()}
 
 
@@ -357,13 +336,9 @@ def _conditions(models: Mapping[str, nn.Module], settings: _Settings) -> Iterato
     for name, model in models.items():
         others = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
         if others:  # such a figure would be compared with fp32 ones in silence
-            raise ValueError(
-                f"`models` must have fp32 weights, got {others.pop()} in {name!r}. To resolve, use model.float()."
-            )
-    before, modes = (
-        torch.get_num_threads(),
-        [(module, module.training) for m in models.values() for module in m.modules()],
-    )
+            raise ValueError(f"{name!r} must have fp32 weights, got {others.pop()}. To resolve, use model.float().")
+    before = torch.get_num_threads()
+    modes = [(module, module.training) for model in models.values() for module in model.modules()]
     try:
         torch.set_num_threads(settings.threads or before)
         for model in models.values():
@@ -387,10 +362,8 @@ def _in_turns(
     names, batches = list(models), len(inputs[next(iter(models))])
     least, enough = min(min_runs, _LEAST_RUNS), settings.min_seconds * len(names)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    line = tqdm(
-        total=warmup + min_runs, desc=f"latency {label}", unit="run", leave=False, disable=settings.disable_tqdm
-    )
-    with line as progress:
+    title = f"latency {label}"
+    with tqdm(total=warmup + min_runs, desc=title, unit="run", leave=False, disable=settings.disable_tqdm) as progress:
         for turn in range(warmup):
             for run in runners.values():
                 run(turn % batches)

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from .context import Context
-from .stages import STAGES, Finetune, Outline, Stage, build
+from .stages import STAGES, Distill, Finetune, Outline, Stage, build
 
 # A wheel carries the recipes inside the package; in a checkout they lie beside it.
 BUILT_IN = next(p for p in (Path(__file__).with_name("recipes"), Path(__file__).parents[1] / "recipes") if p.is_dir())
@@ -163,6 +163,19 @@ class Recipe:
         if faults:
             raise ValueError(_several("the recipe", faults))
         return type(self).from_dict(values)
+
+    def through(self, task: str) -> Recipe:
+        """The same chain on an intermediate task, from the raw checkpoint; its last stage is then repeated on the target task.
+
+        The paper's way for small data sets: one compressed encoder, made on MNLI, serves every target task.
+        """
+        moved: list[Stage] = [replace(self.teacher, task=task)]
+        for stage in self.stages:
+            changes: dict[str, Any] = {"task": task}
+            if isinstance(stage, Distill) and stage.teacher == "teacher":
+                changes["teacher"] = f"01-{Finetune.kind}"
+            moved.append(replace(stage, **changes))  # type: ignore[arg-type]
+        return replace(self, name=f"{self.name} through {task}", start="checkpoint", stages=(*moved, self.stages[-1]))
 
     def check(self, before: Outline, context: Context) -> Outline:
         """Walk through the stages without running them.

@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 
 from . import __version__
 from .checkpoints import load_model, save_model
 from .context import Context
 from .modeling import layer_widths
+from .processes import process_state
 from .recipe import Recipe
 from .stages import Stage
 from .teacher import dataset_fingerprint, model_fingerprint
@@ -52,7 +52,7 @@ class Runner:
 
     def __init__(self, output_dir: str | Path, resume: bool = True):
         self.output_dir = Path(output_dir)
-        self.state = PartialState()
+        self.state = process_state()
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ValueError(
                 f"`output_dir` must be a folder, got the file {output_dir}. To resolve, choose another name."

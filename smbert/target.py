@@ -14,6 +14,7 @@ from ._sizes import count_from, parse
 from .measure import count_parameters, encoder_macs, latency
 from .modeling import encoder_layers
 from .recipe import Recipe
+from .report import Row
 from .stages import DepthReduction, Stage, WidthPruning
 from .surgery import PruningPlan, keep_layers, keep_units, structure_of
 
@@ -65,18 +66,18 @@ class Target:
     def shape_name(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]}"
 
-    def outcome(self, teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    def outcome(self, teacher: Row, student: Row) -> dict[str, Any]:
         """Asked, measured and whether it was met, from two rows of one report (time within the measuring noise of 5 %)."""
         if self.goal == "params":
             wanted = parse(self.value, "params")
-            limit = wanted if isinstance(wanted, int) else float(wanted) * teacher["params_total"]
-            measured: float = student["params_total"]
+            limit = wanted if isinstance(wanted, int) else float(wanted) * teacher.params_total
+            measured: float = student.params_total
             met = measured <= limit
         elif self.goal == "speedup":
-            measured = teacher["latency_ms"][self.shape_name]["p50"] / student["latency_ms"][self.shape_name]["p50"]
+            measured = teacher.latency_ms[self.shape_name]["p50"] / student.latency_ms[self.shape_name]["p50"]
             met = measured >= self.value * (1 - TOLERANCE)
         else:
-            measured = student["latency_ms"][self.shape_name]["p50"]
+            measured = student.latency_ms[self.shape_name]["p50"]
             met = measured <= self.value * (1 + TOLERANCE)
         at = {} if self.goal == "params" else {"shape": self.shape_name}
         return {"goal": self.goal, "asked": self.value, "measured": round(measured, 3), "met": bool(met), **at}

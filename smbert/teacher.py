@@ -18,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
+
+from .processes import process_state
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -194,8 +194,7 @@ def cached_logits(
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir) / f"logits-{key}.npy"
-    # Accelerator and TrainingArguments obey this variable by themselves, PartialState does not.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = process_state()
     if state.is_main_process:
         # The others must not wait for a process that has failed, so they are released in any case.
         try:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Distillation(nn.Module):
 def contiguous_modules(n_layers: int, n_modules: int) -> list[list[int]]:
     """Split `n_layers` predecessor layers into `n_modules` runs whose lengths differ by one at most (n/M where that is whole)."""
     bounds = [round(i * n_layers / n_modules) for i in range(n_modules + 1)]
-    return [list(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(range(a, b)) for a, b in pairwise(bounds)]
 
 
 @dataclass(frozen=True)

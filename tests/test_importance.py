@@ -73,7 +73,9 @@ def test_taylor_and_fisher_equal_explicit_masks_sample_by_sample():
         for ours, expected in zip(found, by_unit, strict=True):
             torch.testing.assert_close(ours, measure(expected).mean(0), rtol=1e-4, atol=1e-9)
         assert scores.samples == 6
-    assert not torch.allclose(score(model, [inputs]).heads[0], by_unit[0].mean(0).abs()), "abs must come before the mean"
+    assert not torch.allclose(score(model, [inputs]).heads[0], by_unit[0].mean(0).abs()), (
+        "abs must come before the mean"
+    )
 
 
 @pytest.mark.parametrize(("family", "scorer"), CASES)
@@ -276,7 +278,13 @@ def test_two_processes_get_the_same_scores(tmp_path):
         port = free.getsockname()[1]
     ranks = []
     for rank in "01":  # what torchrun sets, without the seconds that torchrun needs
-        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        launch = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         environment = os.environ | launch | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(tmp_path / "script.py"), here, os.path.dirname(here), str(tmp_path)]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from accelerate import PartialState
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..context import Context, TaskData
+from ..processes import process_state
 from ..surgery import Structure
 from ..trainer import (
     Distillation,
@@ -128,7 +128,7 @@ class TrainingStage(Stage):
         self, holder: Distillation | Theseus, rows: Dataset, context: Context, workdir: Path, data: TaskData
     ) -> dict[str, Any]:
         """Train `holder` on `rows`, going on from the newest checkpoint in `workdir`; returns what to record."""
-        rows_at_once = PartialState().num_processes * int(context.args.get("gradient_accumulation_steps", 1))
+        rows_at_once = process_state().num_processes * int(context.args.get("gradient_accumulation_steps", 1))
         student = holder.student
         frozen = []
         if self.freeze_embeddings:
@@ -206,7 +206,7 @@ class BestEpoch(TrainerCallback):
                 part.replace(self.file)
 
     def restore(self) -> None:
-        PartialState().wait_for_everyone()
+        process_state().wait_for_everyone()
         if self.file.exists():
             self.student.load_state_dict(load_file(self.file))
 

@@ -69,6 +69,10 @@ class Distill(TrainingStage):
             raise ValueError(
                 f"`data: {self.data}` needs unlabelled texts. To resolve, pass `unlabelled_dataset`, or use `data: task`."
             )
+        if self.data == "pool" and any(o.kind == "gold" for o in self.objectives):
+            raise ValueError(
+                "`data: pool` has no labels for the gold objective. To resolve, drop the objective, or use `data: both`."
+            )
         if self.teacher == "teacher" and after.task is not None:
             raise ValueError(
                 f"distill on task {self.task!r} needs a teacher of that task. To resolve, set `teacher` to the folder name of the "

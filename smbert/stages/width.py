@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from .._sizes import Size
 from ..allocate import Budget, plan_for
 from ..context import Context, device_of_run
 from ..importance import SCORERS, score, sum_over_ranks
+from ..processes import process_state
 from ..surgery import keep_units
 from .base import Outline, Stage, known_task
 
@@ -96,7 +96,7 @@ class WidthPruning(Stage):
 
     def _batches(self, rows: Dataset, context: Context) -> list[dict[str, torch.Tensor]]:
         """This process's share of the rows, in batches of similar length."""
-        state = PartialState()
+        state = process_state()
         lengths = [len(ids) for ids in rows["input_ids"][:]]
         mine = sorted(range(len(rows)), key=lengths.__getitem__)[state.process_index :: state.num_processes]
         return [

@@ -1,0 +1,200 @@
+"""GLUE: teacher, teacher through the intermediate task, same shape without distillation, SmBERT; retention, size, latency.
+
+    python benchmarks/glue.py --model DIR_OR_ID --tasks rte,mrpc,sst2,qnli,qqp --recipe recipes/smbert.yaml \
+        --intermediate mnli --data-dir DIR --seeds 0,1,2 --output DIR
+
+WHY the rows: SmBERT's encoder has seen the intermediate task, and the plain teacher has not. The teacher through the intermediate
+task is the fair control, and the same shape without distillation tells what the distillation is worth.
+
+ 1. Once: the chain runs on the intermediate task (fine-tune, halve the depth twice, distill, prune, recover).
+ 2. Per task and seed (a cell): the teacher is fine-tuned, the compressed encoder learns from it, the controls are trained.
+ 3. All models of a cell are scored on the validation split and timed in turns in one process.
+
+Each stage and each cell is skipped when it is done already: kill it at any time and run the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
+
+from smbert.checkpoints import load_model
+from smbert.cli import guarded, pairs
+from smbert.context import Context
+from smbert.heads import with_head
+from smbert.inputs import as_recipe, tokenised
+from smbert.recipe import Recipe
+from smbert.runner import Runner, run_recipe, write_json
+from smbert.stages import Outline, TrainingStage
+from smbert.surgery import structure_of
+from smbert.tasks import load_task, tokenize, write_submission
+from smbert.teacher import freeze, predict_logits
+
+THROUGH = "teacher through the intermediate task"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a raw encoder")
+    parser.add_argument("--tasks", default="rte,mrpc,sst2,qnli,qqp", help="comma separated (default: %(default)s)")
+    parser.add_argument("--recipe", default="smbert", help="name or YAML file (default: %(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="set a recipe key"
+    )
+    parser.add_argument(
+        "--intermediate", help="run the chain on this task first (the paper: mnli); default: on each task itself"
+    )
+    parser.add_argument("--data-dir", help="folder of the tasks' folders (default: the Hub)")
+    parser.add_argument("--seeds", default="0", help="comma separated (default: %(default)s)")
+    parser.add_argument(
+        "--control-seeds", default=None, help="seeds of the row through the intermediate task (default: all)"
+    )
+    parser.add_argument("--max-train-samples", type=int, help="a fixed random subset of each task's training rows")
+    parser.add_argument("--intermediate-samples", type=int, help="the same for the intermediate task")
+    parser.add_argument("--output", required=True, help="folder for stages, cells and the report")
+    parser.add_argument("--disable-tqdm", action="store_true")
+    parser.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    return guarded(run, args)
+
+
+def run(args: argparse.Namespace) -> None:
+    out = Path(args.output)
+    recipe = as_recipe(args.recipe)
+    if changes := pairs(args.changes, "--set"):
+        recipe = recipe.override(changes)
+    tasks, seeds = args.tasks.split(","), [int(s) for s in args.seeds.split(",")]
+    controls = seeds if args.control_seeds is None else [int(s) for s in args.control_seeds.split(",") if s]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    common = {
+        "tokenizer": tokenizer,
+        "args": {"disable_tqdm": True} if args.disable_tqdm else {},
+        "cache_dir": out / "cache",
+    }
+    encoder = tuned = None
+    command = "python benchmarks/glue.py " + " ".join(sys.argv[1:])
+    cells: list[dict[str, Any]] = []
+    for seed in seeds:
+        for name in tasks:
+            from smbert.measure import environment
+
+            file = out / "cells" / f"{name}-{seed}.json"
+            if not file.is_file():
+                if args.intermediate and encoder is None:
+                    tuned, encoder = compressed_encoder(args, recipe, common, out / args.intermediate)
+                rows = cell(
+                    args,
+                    name,
+                    seed,
+                    recipe,
+                    common,
+                    out / f"{name}-{seed}",
+                    encoder,
+                    tuned if seed in controls else None,
+                )
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, {"command": command, "environment": environment(), "rows": rows})
+            from smbert.report import Report, Row
+
+            cells.append(json.loads(file.read_text(encoding="utf-8")))
+            report = Report(command=command, environment=cells[-1]["environment"])
+            for row in [Row.from_dict(row) for c in cells for row in c["rows"]]:
+                report.add(row)
+            report.write(out)
+    print(report.markdown())
+
+
+def limited(recipe: Recipe, samples: int | None) -> Recipe:
+    """The recipe with its training stages limited to so many rows."""
+    if samples is None:
+        return recipe
+    stages = tuple(replace(s, max_train_samples=samples) if isinstance(s, TrainingStage) else s for s in recipe.stages)
+    return replace(recipe, stages=stages, teacher=replace(recipe.teacher, max_train_samples=samples))
+
+
+def compressed_encoder(
+    args: argparse.Namespace, recipe: Recipe, common: dict[str, Any], folder: Path
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The checkpoint fine-tuned on the intermediate task, and its compressed form; made once, with seed 0."""
+    task, data = load_task(args.intermediate, args.data_dir)
+    context = Context(data=tokenised(task, data, common["tokenizer"], recipe.max_length), seed=0, **common)
+    chain = limited(recipe, args.intermediate_samples).through(task.name)
+    # The intermediate task is the target here, and the last stage of the chain belongs to the cells.
+    chain = replace(chain, stages=tuple(replace(s, task=None) for s in chain.stages[:-1]))
+    set_seed(0)
+    model = load_model(args.model)
+    chain.check(Outline(structure_of(model)), replace(context, teacher=model))
+    runner = Runner(folder)
+    small, _ = run_recipe(chain, model, context, runner)
+    return load_model(folder / chain.folder_names[0]), small
+
+
+def cell(
+    args: argparse.Namespace,
+    name: str,
+    seed: int,
+    recipe: Recipe,
+    common: dict[str, Any],
+    folder: Path,
+    encoder: PreTrainedModel | None,
+    tuned: PreTrainedModel | None,
+) -> list[dict[str, Any]]:
+    """All rows of one task and seed."""
+    from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of, undistilled
+
+    task, data = load_task(name, args.data_dir)
+    recipe = limited(recipe, args.max_train_samples)
+    context = Context(data=tokenised(task, data, common["tokenizer"], recipe.max_length), seed=seed, **common)
+    set_seed(seed)
+    raw = load_model(args.model)
+    teacher, record = Runner(folder).run(recipe.teacher, raw, context, "00-teacher")
+    models, seconds = {TEACHER: teacher}, {TEACHER: record["seconds"]}
+    if tuned is not None:
+        set_seed(seed)
+        models[THROUGH], record = Runner(folder / "through").run(
+            recipe.teacher, with_head(copy.deepcopy(tuned), task), context, "00-teacher"
+        )
+        seconds[THROUGH] = record["seconds"]
+    taught = replace(context, teacher=freeze(copy.deepcopy(teacher)))
+    chain, start = recipe, copy.deepcopy(teacher)
+    if encoder is not None:
+        set_seed(seed)
+        chain, start = replace(recipe, stages=recipe.stages[-1:]), with_head(copy.deepcopy(encoder), task)
+    small, records = run_recipe(chain, start, taught, Runner(folder / "smbert"))
+    models[STUDENT], seconds[STUDENT] = small, sum(r["seconds"] for r in records)
+    twin, records = run_recipe(undistilled(recipe, small), raw, context, Runner(folder / "undistilled"))
+    models[UNDISTILLED], seconds[UNDISTILLED] = twin, sum(r["seconds"] for r in records)
+    if "test" in data and len(data["test"]):
+        for label, model in models.items():
+            submission(
+                model,
+                task,
+                data,
+                context,
+                folder / "submission" / label.replace(" ", "_").replace(",", ""),
+                recipe.max_length,
+            )
+    return [row.to_dict() for row in rows_of(models, context, seconds, data)]
+
+
+def submission(model: PreTrainedModel, task: Any, data: Any, context: Context, folder: Path, max_length: int) -> None:
+    """The GLUE server's file, where the official test split is complete."""
+    rows = tokenize(data["test"], task, context.tokenizer, max_length)
+    logits: np.ndarray = predict_logits(model, rows, context.collator, disable_tqdm=context.disable_tqdm)
+    try:
+        write_submission(task, logits, folder)
+    except ValueError as error:
+        print(f"no submission file: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""`compress()`: a checkpoint and data in; a small model and an honest report out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from .checkpoints import load_model, save_model
+from .context import Context, device_of_run
+from .heads import check_labels, is_finetuned
+from .inputs import as_data, as_intermediate, as_options, as_recipe, as_tokenizer, tokenised, tokenised_pool
+from .measure import count_parameters, environment, latency, macs, speedups
+from .processes import process_state
+from .recipe import Recipe
+from .report import Report, Row
+from .runner import Runner, run_recipe, write_json
+from .stages import DepthReduction, Distill, Finetune, Outline, Stage, WidthPruning
+from .surgery import structure_of
+from .target import Sizes, Target, sizes_for, with_sizes
+from .tasks import Task, majority_baseline
+from .teacher import freeze
+
+TEACHER, STUDENT, UNDISTILLED, MAJORITY = "teacher", "smbert", "same shape, no distillation", "majority class"
+SHAPES = ((1, 128), (32, 128))
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What `compress` made.
+
+    Attributes:
+        model: the compressed model, in eval mode.
+        tokenizer: the checkpoint's.
+        report: every row that was measured; also in `output_dir` as report.json, report.md and report.png.
+        output_dir: stage folders, the report, and `model`, a folder that loads with `from_pretrained`.
+        recipe: as it was run.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    report: Report
+    output_dir: Path
+    recipe: Recipe
+
+    @property
+    def model_dir(self) -> Path:
+        return self.output_dir / "model"
+
+    @property
+    def target_met(self) -> bool | None:
+        """Whether the target was met as measured; None without one."""
+        return None if self.report.target is None else bool(self.report.target["met"])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Model and tokenizer, in a folder that `from_pretrained` loads."""
+        save_model(self.model, folder, self.tokenizer)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Model and tokenizer to the Hugging Face Hub; arguments as in `PreTrainedModel.push_to_hub`."""
+        self.model.push_to_hub(repo_id, **kwargs)
+        self.tokenizer.push_to_hub(repo_id, **kwargs)
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Path | Recipe | Sequence[Stage] = "smbert",
+    *,
+    task: str | Task | None = None,
+    data_dir: str | Path | None = None,
+    train_dataset: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+    text_columns: str | Sequence[str] | None = None,
+    label_column: str | None = None,
+    unlabelled_dataset: Dataset | None = None,
+    intermediate: Mapping[str, DatasetDict] | Sequence[str] = (),
+    teacher: str | Path | PreTrainedModel | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+    target: Mapping[str, Any] | None = None,
+    output_dir: str | Path = "smbert-output",
+    args: Mapping[str, Any] | TrainingArguments | None = None,
+    seed: int = 42,
+    resume: bool = True,
+    baseline: bool = True,
+    new_head: bool = False,
+    trust_remote_code: bool = False,
+    command: str | None = None,
+) -> CompressionResult:
+    """Compress an encoder with a classification or regression head, fine-tuned or raw.
+
+    Everything is checked before any work is done. Each stage leaves a folder that loads with `from_pretrained`; a run that was
+    killed goes on where it stopped when it is started again with the same arguments.
+
+    Args:
+        model: folder, Hub id or loaded model of a known family. Without a head for the task it is fine-tuned first.
+        recipe: "smbert", a YAML file, a `Recipe`, or a list of stages.
+        task: a GLUE task by name, or a `Task`; with `data_dir` or from the Hub. Or pass `train_dataset` and `eval_dataset`.
+        data_dir: folder of the task's files.
+        train_dataset, eval_dataset: texts and labels; columns are found or named.
+        text_columns, label_column: names of the columns.
+        unlabelled_dataset: texts without labels in the same text columns, soft-labelled by the teacher.
+        intermediate: GLUE tasks by name (from `data_dir` or the Hub), or task name -> data, for stages with `task: NAME`.
+        teacher: fine-tuned checkpoint to learn from; default: the model itself, fine-tuned.
+        tokenizer: default: the model's own.
+        compute_metrics: (logits, labels) -> {name: value}, the headline first; default: the task's metrics.
+        target: {"speedup": 6}, {"params": "35%"} or {"latency_ms": 12}; sets the recipe's sizes by measuring on this device.
+        output_dir: where everything goes.
+        args: `TrainingArguments` fields for every training stage (bf16, gradient_accumulation_steps, report_to, ...).
+        seed: of all random choices.
+        resume: go on from an earlier run in `output_dir`; False starts over.
+        baseline: also train a model of the same shape without distillation, for the report.
+        new_head: replace a head that was trained on other labels.
+        trust_remote_code: run modelling code that comes with the checkpoint.
+        command: what the report names as the command that made it.
+
+    Returns:
+        The compressed model, its tokenizer and the report.
+
+    Raises:
+        ValueError, TypeError: an argument, the data, the recipe or what `output_dir` holds is unusable; the message says how to resolve it.
+    """
+    chain = as_recipe(recipe)
+    goal = None if target is None else Target.of(target)
+    options = as_options(args)
+    spec, data = as_data(task, data_dir, train_dataset, eval_dataset, text_columns, label_column)
+    tok = as_tokenizer(model, tokenizer, trust_remote_code)
+    set_seed(seed)
+    student = model if isinstance(model, PreTrainedModel) else load_model(model, trust_remote_code=trust_remote_code)
+    finetuned = is_finetuned(model) and not new_head
+    if finetuned:
+        check_labels(student, spec)
+    master = teacher
+    if master is not None:
+        master = (
+            master if isinstance(master, PreTrainedModel) else load_model(master, trust_remote_code=trust_remote_code)
+        )
+        check_labels(master, spec)
+    runner = Runner(output_dir, resume)
+    with process_state().main_process_first():
+        context = Context(
+            tokenizer=tok,
+            data=tokenised(spec, data, tok, chain.max_length),
+            other=as_intermediate(intermediate, data_dir, lambda t, d: tokenised(t, d, tok, chain.max_length)),
+            pool=tokenised_pool(unlabelled_dataset, spec, tok, chain.max_length),
+            cache_dir=runner.output_dir / "cache",
+            args=options,
+            seed=seed,
+            compute_metrics=compute_metrics,
+        )
+    if goal is not None:
+        chain = with_sizes(chain, student, _sizes(goal, master or student, runner))
+    # Until the teacher exists, a model of its shape stands in for it in the check.
+    chain.check(Outline(structure_of(student)), replace(context, teacher=master or student))
+
+    if master is None:
+        master = copy.deepcopy(student)
+        if not finetuned:
+            master, _ = runner.run(chain.teacher, student, context, "00-teacher")
+    begin = student if teacher is not None or chain.start == "checkpoint" else copy.deepcopy(master)
+    context = replace(context, teacher=freeze(master), results={"00-teacher": runner.output_dir / "00-teacher"})
+    small, records = run_recipe(chain, begin, context, runner)
+    models, seconds = {TEACHER: master, STUDENT: small}, {STUDENT: sum(r["seconds"] for r in records)}
+    if baseline:
+        twin, twin_records = run_recipe(
+            undistilled(chain, small), student, context, Runner(runner.output_dir / "undistilled", resume)
+        )
+        models[UNDISTILLED] = twin
+        seconds[UNDISTILLED] = sum(r["seconds"] for r in twin_records)
+
+    report = Report(command=command or "smbert.compress(...)", environment=environment())
+    report.stages = [stage_summary(record) for record in records]
+    if runner.state.is_main_process:
+        shapes = SHAPES if goal is None or goal.shape in SHAPES else (*SHAPES, goal.shape)
+        for row in rows_of(models, context, seconds, data, shapes):
+            report.add(row)
+        if goal is not None:
+            named = {row.name: row for row in report.rows}
+            report.target = goal.outcome(named[TEACHER], named[STUDENT])
+        parent = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
+        write_result(small, tok, report, chain, runner.output_dir, parent)
+    runner.state.wait_for_everyone()
+    return CompressionResult(small, tok, report, runner.output_dir, chain)
+
+
+def _sizes(goal: Target, model: PreTrainedModel, runner: Runner) -> Sizes:
+    """The sizes that meet the goal: measured once per run, by the main process, and kept, so that a resumed run agrees."""
+    file = runner.output_dir / "target.json"
+    asked = {"goal": goal.goal, "value": goal.value, "shape": goal.shape_name}
+    if runner.state.is_main_process and not (file.is_file() and json.loads(file.read_text())["asked"] == asked):
+        runner.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"asked": asked, "sizes": asdict(sizes_for(goal, model))})
+    runner.state.wait_for_everyone()
+    return Sizes(**json.loads(file.read_text())["sizes"])
+
+
+def undistilled(recipe: Recipe, small: PreTrainedModel) -> Recipe:
+    """A recipe for a model of `small`'s shape that sees labels only: first layers, largest weights, plain fine-tuning.
+
+    It gets the teacher's settings, and as many epochs as the longest training of `recipe` on the target task.
+    """
+    widths = structure_of(small).layer_widths
+    heads, ffn = (tuple(w[i] for w in widths) for i in (0, 1))
+    distilling = [s.epochs for s in recipe.stages if isinstance(s, Distill | Finetune) and s.task is None]
+    return Recipe(
+        name=UNDISTILLED,
+        max_length=recipe.max_length,
+        stages=(
+            DepthReduction(layers=len(widths), method="truncate"),
+            WidthPruning(heads=heads, ffn=ffn, scorer="magnitude", samples=1),
+            replace(recipe.teacher, epochs=max([recipe.teacher.epochs, *distilling])),
+        ),
+    )
+
+
+def rows_of(
+    models: Mapping[str, PreTrainedModel],
+    context: Context,
+    seconds: Mapping[str, float],
+    raw: DatasetDict | None = None,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+) -> list[Row]:
+    """One report row per model: metric, sizes and latency, all timed in turns in one run; and the majority class."""
+    task = context.data.task
+    moved = {name: model.to(device_of_run()) for name, model in models.items()}
+    timed = latency(moved, shapes, disable_tqdm=context.disable_tqdm)
+    faster = speedups(timed, TEACHER)
+    rows = []
+    for name, model in moved.items():
+        metrics = context.evaluate(model)
+        headline = next(iter(metrics))
+        count = count_parameters(model)
+        rows.append(
+            Row(
+                name=name,
+                task=task.name,
+                seed=context.seed,
+                metric_name=headline,
+                metric=metrics[headline],
+                metrics=metrics,
+                params_total=count.total,
+                params_encoder=count.encoder,
+                params_embedding=count.embedding,
+                macs=macs(model, 128),
+                size_mb=sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+                latency_ms=timed[name],
+                speedup=faster[name],
+                train_seconds=seconds.get(name),
+            )
+        )
+    if raw is not None and context.compute_metrics is None:
+        metrics = majority_baseline(task, raw["train"], raw["validation"])
+        rows.append(
+            Row(
+                name=MAJORITY,
+                task=task.name,
+                seed=context.seed,
+                metric_name=task.headline,
+                metric=metrics[task.headline],
+                metrics=metrics,
+            )
+        )
+    return rows
