@@ -6,10 +6,14 @@ python recipes/custom_checkpoint.py MODEL train.csv validation.csv [OUTPUT_DIR]
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from datasets import load_dataset
+# The folder of this script also holds a smbert.py, which must not hide the package.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-import smbert
+from datasets import load_dataset  # noqa: E402
+
+import smbert  # noqa: E402
 
 
 def main(model: str, train_file: str, validation_file: str, output_dir: str = "smbert-output") -> None:

@@ -21,8 +21,12 @@ to the target task: the paper's way for small data sets. All numbers stand in sm
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from smbert.cli import recipe_main
+# Python puts a script's own folder first on the path, where this file's name would hide the package of the same name.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+
+from smbert.cli import recipe_main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(recipe_main(default_recipe="smbert"))
+    sys.exit(recipe_main(default_recipe="smbert", description=__doc__))

@@ -1,5 +1,40 @@
-"""SmBERT."""
+"""SmBERT: compress BERT-family encoders, measure what that costs, report it honestly.
+
+Importing smbert registers its model types with transformers' Auto classes.
+"""
 
 __version__ = "0.1.0"
 
-from . import modeling  # noqa: F401
+from .checkpoints import load_model, save_model
+from .compress import CompressionResult, compress
+from .importance import SCORERS
+from .modeling import FAMILIES
+from .objectives import OBJECTIVES
+from .recipe import Recipe
+from .report import Report
+from .stages import STAGES, DepthReduction, Distill, Finetune, WidthPruning
+from .surgery import PruningPlan, keep_layers, keep_units, structure_of
+from .tasks import GLUE, Task
+
+__all__ = [
+    "FAMILIES",
+    "GLUE",
+    "OBJECTIVES",
+    "SCORERS",
+    "STAGES",
+    "CompressionResult",
+    "DepthReduction",
+    "Distill",
+    "Finetune",
+    "PruningPlan",
+    "Recipe",
+    "Report",
+    "Task",
+    "WidthPruning",
+    "compress",
+    "keep_layers",
+    "keep_units",
+    "load_model",
+    "save_model",
+    "structure_of",
+]

@@ -6,6 +6,7 @@ Thin over the library: flags become arguments of a library call. What the user c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import logging
 import shlex
@@ -194,10 +195,8 @@ def pairs(items: Sequence[str], flag: str) -> dict[str, Any]:
         parsed = yaml.safe_load(value)
         # YAML reads 1e-5 as text and 2/3 stays text, which is how shares are written.
         if isinstance(parsed, str):
-            try:
+            with contextlib.suppress(ValueError):
                 parsed = float(parsed)
-            except ValueError:
-                pass
         out[key] = parsed
     return out
 
@@ -365,7 +364,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     most_heads, most_ffn = (max(1, *(w[i] for w in structure.layer_widths)) for i in (0, 1))
     table = Table("layer", "heads", "", "neurons", "")
     for number, (heads, ffn) in enumerate(structure.layer_widths):
-        bars = ("█" * round(n / most * 24) for n, most in ((heads, most_heads), (ffn, most_ffn)))
+        bars = ("█" * round(n / most * 20) for n, most in ((heads, most_heads), (ffn, most_ffn)))
         table.add_row(str(number), str(heads), next(bars), str(ffn), next(bars))
     Console().print(table)
     print(

@@ -12,14 +12,16 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from ._model_card import write_whole
+from ._report_tables import TEACHER
 from .checkpoints import load_model, save_model
-from .context import Context, device_of_run
+from .context import Context, on_device
 from .heads import check_labels, is_finetuned
 from .inputs import as_data, as_intermediate, as_options, as_recipe, as_tokenizer, tokenised, tokenised_pool
 from .measure import count_parameters, environment, latency, macs, speedups
 from .processes import process_state
 from .recipe import Recipe
-from .report import Report, Row
+from .report import Report, Row, model_card, write_model_card
 from .runner import Runner, run_recipe, write_json
 from .stages import DepthReduction, Distill, Finetune, Outline, Stage, WidthPruning
 from .surgery import structure_of
@@ -27,7 +29,7 @@ from .target import Sizes, Target, sizes_for, with_sizes
 from .tasks import Task, majority_baseline
 from .teacher import freeze
 
-TEACHER, STUDENT, UNDISTILLED, MAJORITY = "teacher", "smbert", "same shape, no distillation", "majority class"
+STUDENT, UNDISTILLED, MAJORITY = "smbert", "same shape, no distillation", "majority class"
 SHAPES = ((1, 128), (32, 128))
 
 
@@ -64,7 +66,7 @@ class CompressionResult:
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
         """Model and tokenizer to the Hugging Face Hub; arguments as in `PreTrainedModel.push_to_hub`."""
-        self.model.push_to_hub(repo_id, **kwargs)
+        self.model.push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
         self.tokenizer.push_to_hub(repo_id, **kwargs)
 
 
@@ -183,8 +185,8 @@ def compress(
         if goal is not None:
             named = {row.name: row for row in report.rows}
             report.target = goal.outcome(named[TEACHER], named[STUDENT])
-        parent = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
-        write_result(small, tok, report, chain, runner.output_dir, parent)
+        parent = str(model.name_or_path) if isinstance(model, PreTrainedModel) else str(model)
+        write_result(small, tok, report, chain, runner.output_dir, parent, spec.name)
     runner.state.wait_for_everyone()
     return CompressionResult(small, tok, report, runner.output_dir, chain)
 
@@ -228,7 +230,7 @@ def rows_of(
 ) -> list[Row]:
     """One report row per model: metric, sizes and latency, all timed in turns in one run; and the majority class."""
     task = context.data.task
-    moved = {name: model.to(device_of_run()) for name, model in models.items()}
+    moved = {name: on_device(model) for name, model in models.items()}
     timed = latency(moved, shapes, disable_tqdm=context.disable_tqdm)
     faster = speedups(timed, TEACHER)
     rows = []
@@ -267,3 +269,35 @@ def rows_of(
             )
         )
     return rows
+
+
+def stage_summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report says of a stage; its metric is of the first validation rows only."""
+    metric = next(v for k, v in record["validation"].items() if k != "rows_at_most")
+    return {"name": record["name"], "seconds": record["seconds"], "metric": metric, "structure": record["layer_widths"]}
+
+
+def write_result(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: Report,
+    recipe: Recipe,
+    folder: Path,
+    parent: str,
+    task: str,
+) -> None:
+    """The report beside the stages, and the final model with its recipe and card in `model`."""
+    report.write(folder)
+    place = folder / "model"
+    save_model(model.cpu(), place, tokenizer)
+    write_whole(place / "recipe.yaml", recipe.to_yaml().encode())
+    write_model_card(place, model_card(report, STUDENT, recipe.to_yaml(), parent, LOAD_SNIPPET, task))
+
+
+LOAD_SNIPPET = """
+import smbert  # registers the model type; where smbert is not installed, pass trust_remote_code=True instead
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER_OR_ID")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")
+"""

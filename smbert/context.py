@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .tasks import Task
 from .teacher import DistillCollator, predict_logits
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,25 @@ class Context:
         """The target task's data, or an intermediate task's by name."""
         return self.data if task is None or task == self.data.task.name else self.other[task]
 
-    def evaluate(self, model: PreTrainedModel, task: str | None = None) -> dict[str, float]:
-        """Metrics on the validation split, the headline first; fp32, so that a figure does not depend on the hardware."""
+    def evaluate(self, model: PreTrainedModel, task: str | None = None, limit: int | None = None) -> dict[str, float]:
+        """Metrics on the validation split (its first `limit` rows), the headline first.
+
+        In fp32, so that a figure does not depend on the hardware.
+        """
         data = self.data_for(task)
-        labels = np.asarray(data.validation["labels"][:])
-        logits = predict_logits(model, data.validation, self.collator, disable_tqdm=self.disable_tqdm)
+        rows = data.validation if limit is None else data.validation.select(range(min(limit, len(data.validation))))
+        labels = np.asarray(rows["labels"][:])
+        logits = predict_logits(model, rows, self.collator, disable_tqdm=self.disable_tqdm)
         if self.compute_metrics is not None and data is self.data:
             return {k: float(v) for k, v in self.compute_metrics((logits, labels)).items()}
         metrics = data.task.compute(logits, labels)
         return {data.task.headline: metrics[data.task.headline], **metrics}
+
+
+def on_device(model: Model) -> Model:
+    """The model, moved to the device of the run."""
+    nn.Module.to(model, device_of_run())
+    return model
 
 
 def device_of_run() -> torch.device:

@@ -28,7 +28,8 @@ def is_finetuned(model: str | Path | PreTrainedModel) -> bool:
 
 def label_names(model: PreTrainedModel) -> list[str] | None:
     """The names of the model's labels, None where it only has numbers."""
-    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    config: Any = model.config
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
@@ -69,7 +70,7 @@ def with_head(model: PreTrainedModel, task: Task) -> PreTrainedModel:
         body = getattr(model, model.base_model_prefix, model)
         getattr(new, new.base_model_prefix).load_state_dict(body.state_dict(), strict=False)
         model = new.to(model.device).train(model.training)
-    model.config.problem_type = task.problem_type
+    model.config.problem_type = task.problem_type  # type: ignore[assignment]
     if task.label_names:
         model.config.id2label = dict(enumerate(task.label_names))
         model.config.label2id = {name: i for i, name in enumerate(task.label_names)}

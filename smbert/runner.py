@@ -37,6 +37,8 @@ from .teacher import dataset_fingerprint, model_fingerprint
 
 logger = logging.getLogger(__name__)
 STAGE_FILE = "stage.json"
+# Rows that follow the metric from stage to stage; the report scores the whole validation split.
+PROBE_ROWS = 1000
 
 
 class Runner:
@@ -111,8 +113,10 @@ class Runner:
         set_seed(context.seed)
         start = time.perf_counter()
         result, info = stage.run(model, context, workdir)
-        result = result.float().cpu().eval()
+        seconds = time.perf_counter() - start
         if self.state.is_main_process:
+            metrics = context.evaluate(result.eval(), getattr(stage, "task", None), PROBE_ROWS)
+            result = result.float().cpu().eval()
             difference = self._save(
                 result,
                 context,
@@ -123,7 +127,8 @@ class Runner:
                     "stage": stage.to_dict(),
                     "inputs": inputs,
                     "layer_widths": [list(w) for w in layer_widths(result.config)],
-                    "seconds": round(time.perf_counter() - start, 1),
+                    "seconds": round(seconds, 1),
+                    "validation": {"rows_at_most": PROBE_ROWS, **metrics},
                     "smbert": __version__,
                     "transformers": transformers.__version__,
                     "torch": torch.__version__,

@@ -70,8 +70,8 @@ class Target:
         """Asked, measured and whether it was met, from two rows of one report (time within the measuring noise of 5 %)."""
         if self.goal == "params":
             wanted = parse(self.value, "params")
-            limit = wanted if isinstance(wanted, int) else float(wanted) * teacher.params_total
-            measured: float = student.params_total
+            limit = wanted if isinstance(wanted, int) else float(wanted) * (teacher.params_total or 0)
+            measured = float(student.params_total or 0)
             met = measured <= limit
         elif self.goal == "speedup":
             measured = teacher.latency_ms[self.shape_name]["p50"] / student.latency_ms[self.shape_name]["p50"]

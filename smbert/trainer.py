@@ -239,10 +239,10 @@ def training_attention(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def dropout_set_to(model: nn.Module, p: float | None) -> Iterator[None]:
     """Train with another dropout than the checkpoint's own; None keeps it."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Dropout)] if p is not None else []
+    modules = [m for m in model.modules() if isinstance(m, nn.Dropout)]
     before = [m.p for m in modules]
     for m in modules:
-        m.p = p
+        m.p = m.p if p is None else p
     try:
         yield
     finally:

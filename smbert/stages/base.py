@@ -229,7 +229,7 @@ def build(kinds: Mapping[str, Any], values: Any, what: str) -> Any:
     if not isinstance(values, Mapping):
         return values
     kind = values.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"`kind` of a {what} must be one of {', '.join(kinds)}, got {kind!r}. To resolve, correct it.")
     known = [f.name for f in fields(kinds[kind])]
     given = {k: v for k, v in values.items() if k != "kind"}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._sizes import Size, count_from
-from ..context import Context, TaskData, device_of_run
+from ..context import Context, TaskData, on_device
 from ..modeling import encoder_layers
 from ..objectives import GoldObjective, build_objectives
 from ..surgery import keep_layers, structure_of
@@ -97,13 +97,13 @@ class DepthReduction(TrainingStage):
         successor = keep_layers(model, chosen)
         if self.method == "truncate":
             return successor, {"layers_kept": chosen}
-        device = device_of_run()
+
         structure = structure_of(successor)
         objective = build_objectives([GoldObjective()], structure, structure, data.task.kind)
         rows = self.rows(data.train, context)
         steps = self.max_steps if self.max_steps > 0 else max(1, round(self.epochs * len(rows) / self.batch_size))
         slope = self.slope if self.slope is not None else (1 - self.base) / max(1, steps / 2)
-        holder = Theseus(successor.to(device), model.to(device), objective, ReplacingSchedule(self.base, slope))
+        holder = Theseus(on_device(successor), on_device(model), objective, ReplacingSchedule(self.base, slope))
         info = self.train(holder, rows, context, workdir, data)
         return successor, {
             "layers_kept": chosen,

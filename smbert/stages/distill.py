@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..checkpoints import load_model
-from ..context import Context, TaskData, device_of_run
+from ..context import Context, TaskData, on_device
 from ..heads import with_head
 from ..measure import supports_bf16
 from ..objectives import (
@@ -102,15 +102,15 @@ class Distill(TrainingStage):
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         data = context.data_for(self.task)
-        device = device_of_run()
+
         teacher = self._teacher(context)
-        student = with_head(load_model(self.student) if self.student else copy.deepcopy(model), data.task).to(device)
+        student = on_device(with_head(load_model(self.student) if self.student else copy.deepcopy(model), data.task))
         objective = build_objectives(self.objectives, structure_of(student), structure_of(teacher), data.task.kind)
         rows = self._rows(data, context)
         live = objective.needs.live_teacher
         if objective.needs.teacher_logits and not live:
             logits = cached_logits(
-                teacher.to(device),
+                on_device(teacher),
                 rows,
                 context.collator,
                 context.cache_dir,
@@ -118,7 +118,7 @@ class Distill(TrainingStage):
                 disable_tqdm=context.disable_tqdm,
             )
             rows = with_teacher_logits(rows, logits)
-        holder = Distillation(student, objective.to(device), teacher.to(device) if live else None)
+        holder = Distillation(student, on_device(objective), on_device(teacher) if live else None)
         info = self.train(holder, rows, context, workdir, data)
         return student, {"teacher_ran_live": live, **info}
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from ..context import Context, device_of_run
+from ..context import Context, on_device
 from ..heads import with_head
 from ..objectives import GoldObjective, build_objectives
 from ..surgery import structure_of
@@ -25,7 +25,7 @@ class Finetune(TrainingStage):
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         data = context.data_for(self.task)
-        model = with_head(copy.deepcopy(model), data.task).to(device_of_run())
+        model = on_device(with_head(copy.deepcopy(model), data.task))
         structure = structure_of(model)
         objective = build_objectives([GoldObjective()], structure, structure, data.task.kind)
         info = self.train(Distillation(model, objective), self.rows(data.train, context), context, workdir, data)

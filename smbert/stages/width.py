@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .._sizes import Size
 from ..allocate import Budget, plan_for
-from ..context import Context, device_of_run
+from ..context import Context, device_of_run, on_device
 from ..importance import SCORERS, score, sum_over_ranks
 from ..processes import process_state
 from ..surgery import keep_units
@@ -87,7 +87,7 @@ class WidthPruning(Stage):
         start = time.perf_counter()
         data = context.data_for(self.task)
         rows = data.train.shuffle(seed=context.seed).select(range(min(self.samples, len(data.train))))
-        original = model = model.to(device_of_run())
+        original = model = on_device(model)
         for step in range(1, self.iterations + 1):
             scores = score(model, self._batches(rows, context), self.scorer, reduce=sum_over_ranks)
             budget = Budget(**self._limits()).between(original, step / self.iterations)
