@@ -155,7 +155,7 @@ def cell(
     recipe = limited(recipe, args.max_train_samples)
     context = Context(data=tokenised(task, data, common["tokenizer"], recipe.max_length), seed=seed, **common)
     set_seed(seed)
-    raw = load_model(args.model)
+    raw = with_head(load_model(args.model), task)
     teacher, record = Runner(folder).run(recipe.teacher, raw, context, "00-teacher")
     models, seconds = {TEACHER: teacher}, {TEACHER: record["seconds"]}
     if tuned is not None:

@@ -4,205 +4,156 @@
 
 WHY ratios: samples/s belong to one machine on one day; what a stage costs beyond plain fine-tuning belongs to the code.
 
- (a) distillation from cached teacher logits      / plain fine-tuning of the same student          at most 1.10
- (b) live logits, hidden and attention objectives / one student step and one teacher forward       at most 1.15
- (c) a Theseus step, draws fixed by a seed        / a plain step of the layers that it really runs  at most 1.10
- (d) a pruning stage, scoring all samples once    / one epoch over those samples                   at most 1.00
- (e) dynamic padding, grouped by length           / padding to the maximum length                  at most 1.00
+ (a) distillation from cached teacher logits      over plain fine-tuning of the same student           at most 1.10
+ (b) live logits, hidden and attention objectives over one student step and one teacher forward        at most 1.15
+ (c) a Theseus step, draws fixed by a seed        over a plain step of the layers that it really runs  at most 1.10
+ (d) a pruning stage, all samples scored once     over one epoch of fine-tuning on them                at most 1.00
+ (e) dynamic padding, grouped by length           over padding to the maximum length                   at most 1.00
 
-Every figure is one epoch over the same rows by the Trainer's own loop (collator, autocast, back end of attention, clipping,
-optimizer), timed from its first step to its last. All of them take turns in each round, the first of which is not counted, and the
-ratios are medians over the rounds of ratios within a round. The student has a quarter of the model's layers, Theseus halves them.
+The student has every fourth layer of the model, and Theseus halves the depth. In each round each epoch (training_epochs.py) runs once,
+in an order that rotates; round 0 warms up. A ratio is the median over the rounds of the ratio within a round.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import resource
+import shlex
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
+from training_epochs import Epochs
 
-from smbert.checkpoints import load_model
 from smbert.cli import guarded
-from smbert.context import Context, device_of_run
-from smbert.heads import with_head
-from smbert.inputs import tokenised
 from smbert.measure import environment, supports_bf16
-from smbert.modeling import encoder_layers
-from smbert.objectives import GoldObjective, LogitsObjective, Objective, build_objectives
 from smbert.runner import write_json
-from smbert.stages import Distill, WidthPruning
-from smbert.surgery import keep_layers, structure_of
-from smbert.tasks import load_task
-from smbert.teacher import cached_logits, freeze, with_teacher_logits
-from smbert.trainer import (
-    FORWARD_INPUTS, Distillation, ReplacingSchedule, SmbertTrainer, Theseus, contiguous_modules, training_arguments, training_attention,
-)  # fmt: skip
 
-PLAIN, KD, LIVE, FORWARD = "plain fine-tuning", "cached logits", "live objectives", "teacher forward"
-THESEUS, RAN, SCORE, PADDED = "Theseus", "the layers that Theseus ran", "pruning stage", "padded to the maximum length"
-# letter, what, what it is held against (summed), bound
-COMPARISONS = [
-    ("a", KD, [PLAIN], 1.10),
-    ("b", LIVE, [PLAIN, FORWARD], 1.15),
-    ("c", THESEUS, [RAN], 1.10),
-    ("d", SCORE, [PLAIN], 1.00),
-    ("e", PLAIN, [PADDED], 1.00),
-]
-
-
-class Stopwatch(TrainerCallback):
-    """Seconds from the first step to the end of the last, without the Trainer's own set-up."""
-
-    seconds = 0.0
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = -now()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds += now()
+TIMED = {
+    "plain fine-tuning": Epochs.plain,
+    "padded to the maximum length": Epochs.padded,
+    "cached teacher logits": Epochs.cached,
+    "live objectives": Epochs.live,
+    "teacher forward": Epochs.teacher,
+    "theseus": Epochs.theseus,
+    "layers that theseus ran": Epochs.theseus_layers,
+    "pruning stage": Epochs.pruning,
+}
+# What is held against the sum of what, and the bound.
+COMPARISONS = (
+    ("a", "cached teacher logits", ["plain fine-tuning"], 1.10),
+    ("b", "live objectives", ["plain fine-tuning", "teacher forward"], 1.15),
+    ("c", "theseus", ["layers that theseus ran"], 1.10),
+    ("d", "pruning stage", ["plain fine-tuning"], 1.00),
+    ("e", "plain fine-tuning", ["padded to the maximum length"], 1.00),
+)
 
 
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id: the teacher, from which the students are cut")
+    parser.add_argument("--task", default="mrpc", help="(default: %(default)s)")
+    parser.add_argument("--data-dir", help="folder of the task's files (default: the Hub)")
+    parser.add_argument("--samples", type=int, default=512, help="rows of an epoch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="that count, after round 0 (default: %(default)s)")
+    parser.add_argument("--freeze-embeddings", action="store_true", help="as the key of the stages")
+    parser.add_argument("--output", required=True, help="folder for training.json and training.md")
+    return guarded(run, parser.parse_args(argv))
 
 
-class Bench:
-    """The models, the rows, and what is timed: a method takes the seed of the round and returns seconds."""
-
-    def __init__(self, args: argparse.Namespace, workdir: Path):
-        self.args, self.workdir, self.device = args, workdir, device_of_run()
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        task, data = load_task(args.task, args.data_dir)
-        data["train"] = data["train"].shuffle(seed=0).select(range(min(args.samples, len(data["train"]))))
-        splits = tokenised(task, data, tokenizer, args.max_length)
-        quiet = {"disable_tqdm": True, "save_strategy": "no"}
-        self.context = Context(tokenizer, splits, cache_dir=workdir, args=quiet)
-        self.rows, self.gold = splits.train, [GoldObjective()]
-        set_seed(0)
-        self.teacher = freeze(with_head(load_model(args.model), task).to(self.device))
-        depth = len(encoder_layers(self.teacher))
-        self.student = self.cut(range(0, depth, 4))
-        self.runs = contiguous_modules(depth, max(1, depth // 2))
-        self.successor = self.cut(range(len(self.runs)))
-        begin = now()
-        logits = cached_logits(
-            self.teacher, self.rows, self.context.collator, workdir, bf16=supports_bf16(), disable_tqdm=True
+def run(args: argparse.Namespace) -> None:
+    if args.rounds < 1:
+        raise ValueError(f"`--rounds` must be at least 1, got {args.rounds}. To resolve, try 5.")
+    seconds: dict[str, list[float]] = {name: [] for name in TIMED}
+    memory = dict.fromkeys(TIMED, 0.0)
+    with tempfile.TemporaryDirectory() as workdir:
+        epochs = Epochs(
+            args.model,
+            args.task,
+            args.data_dir,
+            Path(workdir),
+            args.samples,
+            args.batch_size,
+            args.max_length,
+            args.freeze_embeddings,
         )
-        self.cache_seconds = now() - begin
-        self.taught = with_teacher_logits(self.rows, logits)
+        for seed in tqdm(range(args.rounds + 1), desc="rounds"):
+            first = seed % len(TIMED)
+            for name in [*TIMED][first:] + [*TIMED][:first]:
+                peak_memory_mb()
+                elapsed = TIMED[name](epochs, seed)
+                if seed > 0:
+                    seconds[name].append(elapsed)
+                    memory[name] = max(memory[name], peak_memory_mb())
+    report = {
+        "schema_version": 1,
+        "command": shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+        "environment": {**environment(), "training": "bf16 autocast" if supports_bf16() else "fp32"},
+        "rows": [
+            {
+                "name": name,
+                "task": args.task,
+                "samples_per_second": epochs.samples / float(np.median(seconds[name])),
+                "epoch_seconds": seconds[name],
+                "peak_memory_mb": memory[name],
+            }
+            for name in TIMED
+        ],
+        "ratios": [compared(seconds, *comparison) for comparison in COMPARISONS],
+        "teacher_logits_seconds": epochs.cache_seconds,
+    }
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "training.json", report)
+    (out / "training.md").write_text(markdown(report), encoding="utf-8")
+    print(markdown(report))
 
-    def cut(self, layers: Sequence[int]) -> PreTrainedModel:
-        model = keep_layers(self.teacher, layers).requires_grad_(True).to(self.device)
-        if self.args.freeze_embeddings:
-            for table in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
-                table.requires_grad_(False)
-        return model
 
-    def trainer(self, holder: Any, rows: Dataset, seed: int, **changes: Any) -> SmbertTrainer:
-        options = {**self.context.args, "per_device_train_batch_size": self.args.batch_size, "num_train_epochs": 1}
-        collator = changes.pop("collator", self.context.collator)
-        arguments = training_arguments(self.workdir, options, learning_rate=1e-5, seed=seed, **changes)
-        return SmbertTrainer(holder, arguments, train_dataset=rows, data_collator=collator)
-
-    def epoch(self, holder: Any, rows: Dataset, seed: int, **changes: Any) -> float:
-        trainer, watch = self.trainer(holder, rows, seed, **changes), Stopwatch()
-        trainer.add_callback(watch)
-        with training_attention(holder.student):
-            trainer.train()
-        return watch.seconds
-
-    def holder(self, objectives: Sequence[Objective], student: PreTrainedModel | None = None) -> Distillation:
-        student = student or self.student
-        built = build_objectives(
-            objectives, structure_of(student), structure_of(self.teacher), self.context.data.task.kind
-        )
-        return Distillation(student, built.to(self.device), self.teacher if built.needs.live_teacher else None)
-
-    def plain(self, seed: int) -> float:
-        return self.epoch(self.holder(self.gold), self.rows, seed)
-
-    def padded(self, seed: int) -> float:
-        changes = {"train_sampling_strategy": "random", "collator": self.pad_fully}
-        return self.epoch(self.holder(self.gold), self.rows, seed, **changes)
-
-    def cached(self, seed: int) -> float:
-        return self.epoch(self.holder([LogitsObjective(), *self.gold]), self.taught, seed)
-
-    def live(self, seed: int) -> float:
-        return self.epoch(self.holder(Distill().objectives), self.rows, seed)
-
-    def forwards(self, seed: int) -> float:
-        set_seed(seed)
-        batches = self.trainer(self.holder(self.gold), self.rows, seed).get_train_dataloader()
-        begin = now()
-        for batch in batches:
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=supports_bf16()):
-                self.teacher(**{k: batch[k] for k in FORWARD_INPUTS if k in batch})
-        return now() - begin
-
-    def draws(self, seed: int) -> tuple[int, list[bool]]:
-        """A seed that draws at least one successor at probability 1/2, and what it draws."""
-        torch.manual_seed(seed)
-        replaced = (torch.rand(len(self.runs)) < 0.5).tolist()
-        return (seed, replaced) if any(replaced) else self.draws(seed + 1000)
-
-    def theseus(self, seed: int) -> float:
-        objective = self.holder(self.gold, self.successor).objective
-        holder = Theseus(self.successor, self.teacher, objective, ReplacingSchedule(0.5, 0.0))
-        fixed, _ = self.draws(seed)
-        holder.register_forward_pre_hook(lambda *_: torch.manual_seed(fixed) and None)
-        return self.epoch(holder, self.rows, seed)
-
-    def theseus_layers(self, seed: int) -> float:
-        """A plain model of as many layers as Theseus ran, of which the same ones learn and the others know no dropout."""
-        chosen = [(i, r) for run, r in zip(self.runs, self.draws(seed)[1]) for i in (run[:1] if r else run)]
-        model = self.cut([i for i, _ in chosen]).requires_grad_(False)
-        for layer, (_, learns) in zip(encoder_layers(model), chosen):
-            layer.requires_grad_(learns)
-            for dropout in (m for m in layer.modules() if isinstance(m, torch.nn.Dropout) and not learns):
-                dropout.p = 0.0
-        return self.epoch(self.holder(self.gold, model), self.rows, seed)
-
-    def pruning(self, seed: int) -> float:
-        stage, student = WidthPruning(samples=len(self.rows)), copy.deepcopy(self.student)
-        begin = now()
-        stage.run(student, self.context, self.workdir)
-        return now() - begin
-
-    def pad_fully(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch, ids = self.context.collator(features), {"input_ids": self.context.tokenizer.pad_token_id}
-        missing = self.args.max_length - batch["input_ids"].shape[1]
-        return {k: F.pad(v, (0, missing), value=ids.get(k, 0)) if k in FORWARD_INPUTS else v for k, v in batch.items()}
+def compared(
+    seconds: Mapping[str, list[float]], letter: str, name: str, against: list[str], bound: float
+) -> dict[str, Any]:
+    """One line of the table: the median ratio and whether it keeps to its bound."""
+    reference = np.sum([seconds[other] for other in against], axis=0)  # (rounds,)
+    ratio = float(np.median(np.array(seconds[name]) / reference))
+    return {"letter": letter, "name": name, "against": against, "ratio": ratio, "bound": bound, "met": ratio <= bound}
 
 
 def peak_memory_mb() -> float:
-    """Most memory since the last call: of the GPU, or of the whole process (where the system cannot reset it: since its start)."""
+    """Most memory since the last call: the GPU's, else that of the process with all its models (where Linux tells; else since its start)."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
         return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     with suppress(OSError, StopIteration):
-        status = Path("/proc/self/status").read_text().splitlines()
-        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e3
-        Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak
 
 
+def markdown(report: Mapping[str, Any]) -> str:
+    lines = ["# Training speed", "", "```bash", report["command"], "```", ""]
+    lines += ["| | time of | over the time of | ratio | at most | |", "|---|---|---|---:|---:|---|"]
+    for r in report["ratios"]:
+        verdict = "PASS" if r["met"] else "over"
+        lines.append(
+            f"| ({r['letter']}) | {r['name']} | {' + '.join(r['against'])} | {r['ratio']:.3f} | {r['bound']:.2f} | {verdict} |"
+        )
+    lines += ["", "| | samples/s | peak memory (MB) |", "|---|---:|---:|"]
+    lines += [f"| {r['name']} | {r['samples_per_second']:.1f} | {r['peak_memory_mb']:.0f} |" for r in report["rows"]]
+    lines += ["", f"Teacher logits, once for all epochs: {report['teacher_logits_seconds']:.1f} s.", ""]
+    lines += [", ".join(f"{key} {value}" for key, value in report["environment"].items()), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,14 @@ _SHAPES = ("32x128", "1x128")  # preferred for the latency axis: at batch 1 a GP
 
 
 def draw(aggregates: Sequence[Aggregate]) -> bytes:
-    """The PNG. One task: its rows; several tasks: their means; without a common task, the first task."""
+    """The PNG of `figure_of`."""
+    file = io.BytesIO()
+    figure_of(aggregates).savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def figure_of(aggregates: Sequence[Aggregate]) -> Figure:
+    """Two panels. One task: its rows; several tasks: their means; without a common task, the first task."""
     tasks, shown = over_tasks(aggregates)
     if not shown:
         first = [a for a in aggregates if "metric" in a.mean][:1]
@@ -34,13 +41,15 @@ def draw(aggregates: Sequence[Aggregate]) -> bytes:
     shapes = list(dict.fromkeys(shape for a in shown for shape in a.keys("latency_ms")))
     shape = next((s for s in _SHAPES if s in shapes), shapes[0] if shapes else None)
     batch = f"one {shape.replace('x', ' x ')} batch, " if shape else ""
+    latency = f"latency_ms.{shape}.p50"
     _panel(left, shown, "params_total", "parameters (millions)", 1e6)
-    _panel(right, shown, f"latency_ms.{shape}.p50", f"latency ({batch}median, ms)", 1)
-    left.set_title("against size", loc="left", fontsize=11, color="#555555")
-    right.set_title("against latency", loc="left", fontsize=11, color="#555555")
+    _panel(right, shown, latency, f"latency ({batch}median, ms)", 1)
+    _scale_metric(left, shown, ("params_total", latency))
     if shown:
-        name = shown[0].metric_name
-        left.set_ylabel(f"mean metric over {', '.join(tasks)}" if len(tasks) > 1 else f"{name} on {tasks[0]}")
+        name = "mean metric" if len(tasks) > 1 else shown[0].metric_name
+        left.set_title(f"{name} against size", loc="left", fontsize=11)
+        right.set_title(f"{name} against latency", loc="left", fontsize=11)
+        left.set_ylabel(f"{name} {'over' if len(tasks) > 1 else 'on'} {', '.join(tasks)}")
         seeds = max(len(a.seeds) for a in shown)
         if seeds > 1:
             figure.suptitle(
@@ -48,11 +57,9 @@ def draw(aggregates: Sequence[Aggregate]) -> bytes:
             )
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed in pixels, so nothing may move any more
-    for axes, path, scale in ((left, "params_total", 1e6), (right, f"latency_ms.{shape}.p50", 1.0)):
+    for axes, path, scale in ((left, "params_total", 1e6), (right, latency, 1.0)):
         _label(axes, shown, path, scale)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return figure
 
 
 def _colour(shown: Sequence[Aggregate], name: str) -> str:
@@ -84,14 +91,14 @@ def _panel(axes: Axes, shown: Sequence[Aggregate], path: str, title: str, scale:
             y,
             yerr=a.std.get("metric"),
             fmt="*" if a.name == TEACHER else "o",
-            markersize=15 if a.name == TEACHER else 9,
+            markersize=20 if a.name == TEACHER else 9,
             color=colour,
             markeredgecolor="white",
             markeredgewidth=0.8,
             ecolor=colour,
             elinewidth=1.2,
             capsize=3,
-            zorder=3,
+            zorder=2 if a.name == TEACHER else 3,  # an int8 teacher of the same size stays visible on it
         )
     values = [a.mean[path] / scale for a in present]
     low, high = min(values), max(values)
@@ -102,11 +109,21 @@ def _panel(axes: Axes, shown: Sequence[Aggregate], path: str, title: str, scale:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        space = 0.15 * (high - low) or 0.5 * abs(high) or 1.0
-        axes.set_xlim(min(0.0, low) if low < 0.4 * high else low - space, high + space)
-    metrics = [a.mean["metric"] for a in shown]
-    space = 0.16 * (max(metrics) - min(metrics)) or 0.05
-    axes.set_ylim(min(metrics) - space, max(metrics) + space)
+        axes.set_xlim(0, 1.15 * high or 1)
+
+
+def _scale_metric(axes: Axes, shown: Sequence[Aggregate], paths: Sequence[str]) -> None:
+    """Sets the shared vertical axis so that every point of either panel is seen."""
+    metrics = [a.mean["metric"] for a in shown if any(path in a.mean for path in paths)]
+    if not metrics:
+        return
+    low, high = min(metrics), max(metrics)
+    # A reference far below the models would press them into one line; it is then only named at the lower edge.
+    space = high - low or 0.1 * abs(high) or 0.1
+    low = min([low, *(a.mean["metric"] for a in shown if low - 1.5 * space < a.mean["metric"] < low)])
+    high = max(a.mean["metric"] for a in shown)
+    space = 0.18 * (high - low) or space
+    axes.set_ylim(low - space, high + space)
 
 
 def _label(axes: Axes, shown: Sequence[Aggregate], path: str, scale: float) -> None:
@@ -115,29 +132,30 @@ def _label(axes: Axes, shown: Sequence[Aggregate], path: str, scale: float) -> N
     points = [(a, *axes.transData.transform((a.mean[path] / scale, a.mean["metric"]))) for a in shown if path in a.mean]
     taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for _, x, y in points]
     frame = axes.get_window_extent(renderer)
-    if points:
-        for a in shown:
-            if path not in a.mean:
-                at = axes.transData.transform((0.0, a.mean["metric"]))[1]
-                text = axes.annotate(
-                    f"{a.name} {a.mean['metric']:.3f}",
-                    (frame.x1 - 4, at + 3),
-                    xycoords="figure pixels",
-                    ha="right",
-                    va="bottom",
-                    fontsize=8.5,
-                    color=_colour(shown, a.name),
-                )
-                taken.append(text.get_window_extent(renderer))
+    for a in shown if points else ():
+        level = axes.transData.transform((1.0, a.mean["metric"]))[1]
+        if level > frame.y0 and (path not in a.mean or a.name == TEACHER):
+            taken.append(Bbox.from_extents(frame.x0, level - 2, frame.x1, level + 2))  # its line
+        if path not in a.mean:
+            arrow = "" if level > frame.y0 else "\N{DOWNWARDS ARROW} "
+            text = axes.annotate(
+                f"{arrow}{a.name} {a.mean['metric']:.3f}",
+                (frame.x1 - 4, max(level, frame.y0) + 3),
+                xycoords="figure pixels",
+                ha="right",
+                va="bottom",
+                fontsize=8.5,
+                color=_colour(shown, a.name),
+            )
+            taken.append(text.get_window_extent(renderer))
     for a, x, y in points:
         value = a.mean[path] / scale
         unit = " ms" if scale == 1 else " M"
         words = textwrap.fill(a.name, 24) + f"\n{a.mean['metric']:.3f}, {significant(value)}{unit}"
         best: tuple[float, Bbox] | None = None
         text = axes.annotate(words, (x, y), xycoords="figure pixels", fontsize=8.5, color=_colour(shown, a.name))
-        text.set_linespacing(1.15)
         size = text.get_window_extent(renderer)
-        for far in (13, 24, 40, 60, 85):
+        for far in (13, 24, 40, 60, 85, 120, 160):
             for dx, dy in ((1, 0.5), (1, -0.5), (-1, 0.5), (-1, -0.5), (0, 1), (0, -1), (1, 0), (-1, 0)):
                 left = x + dx * far - (size.width if dx < 0 else size.width / 2 if dx == 0 else 0)
                 bottom = y + dy * far - (size.height if dy < 0 else size.height / 2 if dy == 0 else 0)

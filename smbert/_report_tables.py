@@ -115,7 +115,7 @@ def count(value: float) -> str:
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.99995 * factor:
             scaled = value / factor
-            return f"{scaled:.{3 if scaled < 9.9995 else 2 if scaled < 99.995 else 1}f} {unit}".replace("000 ", "0 ")
+            return f"{scaled:.{3 if scaled < 9.9995 else 2 if scaled < 99.995 else 1}f} {unit}"
     return f"{value:.0f}"
 
 
@@ -251,7 +251,7 @@ def _terminal_columns(aggregates: Sequence[Aggregate]) -> list[_Column]:
                 )
                 for shape in shapes
             ),
-            _Column("train", _stacked(("train_seconds", duration))),
+            _Column("train\nmin", _stacked(("train_seconds", lambda seconds: f"{seconds / 60:.1f}"))),
         ],
         aggregates,
     )
@@ -261,17 +261,23 @@ def terminal_table(aggregates: Sequence[Aggregate]) -> Table:
     """One table with a section for each task, and their mean at the end; speed-ups stand below the latencies."""
     tasks, means = over_tasks(aggregates)
     everything = [*aggregates, *means]
-    columns = _terminal_columns(everything)
+    columns, shared = _terminal_columns(everything), _metrics(everything)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         justify: Literal["left", "right"] = "right" if column.numeric else "left"
-        table.add_column(Text(column.title, justify=justify), justify=justify, no_wrap=column.numeric, vertical="top")
+        table.add_column(
+            Text(column.title, justify=justify),
+            justify=justify,
+            no_wrap=column.numeric,
+            overflow="fold",
+            min_width=None if column.numeric else 12,
+        )
     previous = None
     for a in everything:
         if a.task != previous:
             table.add_section()
             seeds = max(len(other.seeds) for other in everything if other.task == a.task)
-            facts = [a.task, a.metric_name, f"{seeds} seeds" if seeds > 1 else ""]
+            facts = [a.task, "" if shared else a.metric_name, f"{seeds} seeds" if seeds > 1 else ""]
             table.add_row(Text("\n".join(filter(None, facts)), style="bold"))
         previous = a.task
         table.add_row(*(Text(column.cell(a) or MISSING) for column in columns))

@@ -72,7 +72,9 @@ def guarded(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     """Run a command; what the user can resolve is one clear message and status 2."""
     import transformers
 
+    # Their bars for files of a few megabytes would drown ours for the training.
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         main_process = process_state().is_main_process
         logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
@@ -283,7 +285,8 @@ def run_compress(args: argparse.Namespace) -> None:
 
 def show_result(result: Any) -> None:
     """The table, where everything lies, and how to load the model."""
-    console = Console()
+    # Where the output is no terminal rich assumes 80 columns, which would break the table's words.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(result.report.table())
     if (target := result.report.target) is not None:
         console.print(

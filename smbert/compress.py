@@ -16,9 +16,18 @@ from ._model_card import write_whole
 from ._report_tables import TEACHER
 from .checkpoints import load_model, save_model
 from .context import Context, on_device
-from .heads import check_labels, is_finetuned
-from .inputs import as_data, as_intermediate, as_options, as_recipe, as_tokenizer, tokenised, tokenised_pool
-from .measure import count_parameters, environment, latency, macs, speedups
+from .heads import check_labels, is_finetuned, with_head
+from .inputs import (
+    as_data,
+    as_intermediate,
+    as_options,
+    as_recipe,
+    as_tokenizer,
+    check_fits,
+    tokenised,
+    tokenised_pool,
+)
+from .measure import count_parameters, environment, latency, macs, max_positions, speedups
 from .processes import process_state
 from .recipe import Recipe
 from .report import Report, Row, model_card, write_model_card
@@ -30,6 +39,7 @@ from .tasks import Task, majority_baseline
 from .teacher import freeze
 
 STUDENT, UNDISTILLED, MAJORITY = "smbert", "same shape, no distillation", "majority class"
+UNTRAINED = "no task yet"
 SHAPES = ((1, 128), (32, 128))
 
 
@@ -138,8 +148,16 @@ def compress(
     finetuned = is_finetuned(model) and not new_head
     if finetuned:
         check_labels(student, spec)
+    else:
+        # A copy, because the head's labels are written into the config of what may be the caller's own object.
+        student = with_head(copy.deepcopy(student), spec, fresh=new_head)
     master = teacher
     if master is not None:
+        if not is_finetuned(master):
+            raise ValueError(
+                f"`teacher` must be fine-tuned on {spec.name!r}, and has no classification head. To resolve, pass a fine-tuned one, "
+                "or leave it out, so that the model itself is fine-tuned."
+            )
         master = (
             master if isinstance(master, PreTrainedModel) else load_model(master, trust_remote_code=trust_remote_code)
         )
@@ -156,19 +174,28 @@ def compress(
             seed=seed,
             compute_metrics=compute_metrics,
         )
+    for what, checked in (("model", student), ("teacher", master)):
+        if checked is not None:
+            check_fits(checked, what, context)
     if goal is not None:
         chain = with_sizes(chain, student, _sizes(goal, master or student, runner))
+    from_teacher = teacher is None and chain.start == "teacher"
     # Until the teacher exists, a model of its shape stands in for it in the check.
-    chain.check(Outline(structure_of(student)), replace(context, teacher=master or student))
+    untrained = None if finetuned or from_teacher else UNTRAINED
+    chain.check(Outline(structure_of(student), task=untrained), replace(context, teacher=master or student))
+    runner.refuse_another(chain)
 
+    seconds = {}
     if master is None:
         master = copy.deepcopy(student)
         if not finetuned:
-            master, _ = runner.run(chain.teacher, student, context, "00-teacher")
-    begin = student if teacher is not None or chain.start == "checkpoint" else copy.deepcopy(master)
+            master, record = runner.run(chain.teacher, student, context, "00-teacher")
+            seconds[TEACHER] = record["seconds"]
+    begin = copy.deepcopy(master) if from_teacher else student
     context = replace(context, teacher=freeze(master), results={"00-teacher": runner.output_dir / "00-teacher"})
     small, records = run_recipe(chain, begin, context, runner)
-    models, seconds = {TEACHER: master, STUDENT: small}, {STUDENT: sum(r["seconds"] for r in records)}
+    models = {TEACHER: master, STUDENT: small}
+    seconds[STUDENT] = sum(r["seconds"] for r in records)
     if baseline:
         twin, twin_records = run_recipe(
             undistilled(chain, small), student, context, Runner(runner.output_dir / "undistilled", resume)
@@ -195,7 +222,8 @@ def _sizes(goal: Target, model: PreTrainedModel, runner: Runner) -> Sizes:
     """The sizes that meet the goal: measured once per run, by the main process, and kept, so that a resumed run agrees."""
     file = runner.output_dir / "target.json"
     asked = {"goal": goal.goal, "value": goal.value, "shape": goal.shape_name}
-    if runner.state.is_main_process and not (file.is_file() and json.loads(file.read_text())["asked"] == asked):
+    known = file.is_file() and not runner.starts_over and json.loads(file.read_text())["asked"] == asked
+    if runner.state.is_main_process and not known:
         runner.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(file, {"asked": asked, "sizes": asdict(sizes_for(goal, model))})
     runner.state.wait_for_everyone()
@@ -231,6 +259,8 @@ def rows_of(
     """One report row per model: metric, sizes and latency, all timed in turns in one run; and the majority class."""
     task = context.data.task
     moved = {name: on_device(model) for name, model in models.items()}
+    longest = min(max_positions(model) for model in models.values())
+    shapes = [(batch, int(min(seq, longest))) for batch, seq in shapes]
     timed = latency(moved, shapes, disable_tqdm=context.disable_tqdm)
     faster = speedups(timed, TEACHER)
     rows = []
@@ -272,8 +302,8 @@ def rows_of(
 
 
 def stage_summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the report says of a stage; its metric is of the first validation rows only."""
-    metric = next(v for k, v in record["validation"].items() if k != "rows_at_most")
+    """What the report says of a stage; its metric is of a sample of the validation rows."""
+    metric = next((v for k, v in record["validation"].items() if k != "rows_at_most"), None)
     return {"name": record["name"], "seconds": record["seconds"], "metric": metric, "structure": record["layer_widths"]}
 
 

@@ -69,12 +69,14 @@ class Context:
         return self.data if task is None or task == self.data.task.name else self.other[task]
 
     def evaluate(self, model: PreTrainedModel, task: str | None = None, limit: int | None = None) -> dict[str, float]:
-        """Metrics on the validation split (its first `limit` rows), the headline first.
+        """Metrics on the validation split (a fixed sample of `limit` rows), the headline first.
 
         In fp32, so that a figure does not depend on the hardware.
         """
         data = self.data_for(task)
-        rows = data.validation if limit is None else data.validation.select(range(min(limit, len(data.validation))))
+        rows = data.validation
+        if limit is not None and limit < len(rows):
+            rows = rows.shuffle(seed=0).select(range(limit))
         labels = np.asarray(rows["labels"][:])
         logits = predict_logits(model, rows, self.collator, disable_tqdm=self.disable_tqdm)
         if self.compute_metrics is not None and data is self.data:

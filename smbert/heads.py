@@ -50,14 +50,14 @@ def check_labels(model: PreTrainedModel, task: Task) -> None:
         )
 
 
-def with_head(model: PreTrainedModel, task: Task) -> PreTrainedModel:
-    """The model itself if its head fits the task, else a copy of its encoder under a fresh head.
+def with_head(model: PreTrainedModel, task: Task, fresh: bool = False) -> PreTrainedModel:
+    """The model itself if its head fits the task, else (or if `fresh`) a copy of its encoder under a fresh head.
 
     The fresh head is initialised by the family's own rule from torch's global seed. Label names and problem type go to the config.
     """
     try:
         check_labels(model, task)
-        fits = type(model).__name__.endswith(HEAD)
+        fits = type(model).__name__.endswith(HEAD) and not fresh
     except ValueError:
         fits = False
     if not fits:

@@ -217,7 +217,7 @@ def latency(
         if batch < 1 or length < 1:
             raise ValueError(f"`shapes` must hold pairs (batch, seq) of at least 1, got {(batch, length)}.")
         for name, model in models.items():
-            if length > (limit := _max_length(model)):
+            if length > (limit := max_positions(model)):
                 raise ValueError(
                     f"`shapes` must not be longer than the {limit} positions of {name!r}, got {batch}x{length}."
                 )
@@ -298,7 +298,7 @@ def speedups(latencies: Latencies, baseline: str = "teacher") -> dict[str, dict[
     return {name: {k: base[k]["p50"] / v["p50"] for k, v in figures.items()} for name, figures in latencies.items()}
 
 
-def _max_length(model: nn.Module) -> float:
+def max_positions(model: nn.Module) -> float:
     """Most tokens for which the model has positions; infinite where positions are computed (rotary embeddings)."""
     table = getattr(getattr(getattr(model, "base_model", model), "embeddings", None), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):

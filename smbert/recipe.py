@@ -20,6 +20,7 @@ import yaml
 
 from .context import Context
 from .stages import STAGES, Distill, Finetune, Outline, Stage, build
+from .stages.distill import TARGET_TEACHER
 
 # A wheel carries the recipes inside the package; in a checkout they lie beside it.
 BUILT_IN = next(p for p in (Path(__file__).with_name("recipes"), Path(__file__).parents[1] / "recipes") if p.is_dir())
@@ -45,13 +46,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
-        if self.start not in ("teacher", "checkpoint"):
-            raise ValueError(
-                f"`start` must be teacher or checkpoint, got {self.start!r}. To resolve, choose one of them."
-            )
+        if faults := _header_faults(self.start, self.max_length):
+            raise ValueError(_several("the recipe", faults))
         for stage in self.stages:
-            if not isinstance(stage, Stage):
-                raise TypeError(f"`stages` must hold stages, got {stage!r}. To resolve, use {', '.join(STAGES)}.")
+            _check_stage(stage)
 
     @property
     def folder_names(self) -> list[str]:
@@ -76,19 +74,23 @@ class Recipe:
             faults.append(
                 f"unknown key {', '.join(unknown)}; known keys are {', '.join(known)}. To resolve, correct or drop it."
             )
-        for number, item in enumerate(values.get("stages") or (), 1):
+        faults += _header_faults(values.get("start", cls.start), values.get("max_length", cls.max_length))
+        items = values.get("stages")
+        if not isinstance(items, list | tuple) or not items:
+            faults.append("`stages` must be a list of at least one stage. To resolve, add one.")
+            items = []
+        for number, item in enumerate(items, 1):
             try:
-                stages.append(build(STAGES, item, "stage"))
+                stages.append(_check_stage(build(STAGES, item, "stage")))
             except (ValueError, TypeError) as error:
                 faults.append(f"stage {number}: {error}")
         teacher = Finetune()
         try:
-            if "teacher" in values:
-                teacher = build({"finetune": Finetune}, {"kind": "finetune", **values["teacher"]}, "teacher")
+            if not isinstance(given := values.get("teacher", {}), Mapping):
+                raise ValueError(f"it must be a mapping such as {{epochs: 3}}, got {given!r}. To resolve, correct or drop it.")
+            teacher = build({"finetune": Finetune}, {"kind": "finetune", **given}, "teacher")
         except (ValueError, TypeError) as error:
             faults.append(f"teacher: {error}")
-        if not values.get("stages"):
-            faults.append("`stages` must hold at least one stage. To resolve, add one.")
         if faults:
             raise ValueError(_several("the recipe", faults))
         rest = {k: v for k, v in values.items() if k not in ("stages", "teacher")}
@@ -170,10 +172,13 @@ class Recipe:
         The paper's way for small data sets: one compressed encoder, made on MNLI, serves every target task.
         """
         moved: list[Stage] = [replace(self.teacher, task=task)]
+        # The finetune stage in front takes number 01.
+        names = {name: f"{i:02d}-{stage.kind}" for i, (name, stage) in enumerate(zip(self.folder_names, self.stages), 2)}
+        names |= dict.fromkeys(TARGET_TEACHER, f"01-{Finetune.kind}")
         for stage in self.stages:
             changes: dict[str, Any] = {"task": task}
-            if isinstance(stage, Distill) and stage.teacher == "teacher":
-                changes["teacher"] = f"01-{Finetune.kind}"
+            if isinstance(stage, Distill):
+                changes["teacher"] = names.get(stage.teacher, stage.teacher)
             moved.append(replace(stage, **changes))  # type: ignore[arg-type]
         return replace(self, name=f"{self.name} through {task}", start="checkpoint", stages=(*moved, self.stages[-1]))
 
@@ -188,8 +193,10 @@ class Recipe:
         for number, stage in enumerate(self.stages):
             try:
                 outline = stage.outline(outline, context)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 faults.append(f"stage {names[number]}: {error}")
+            else:
+                outline = replace(outline, results={**outline.results, names[number]: outline})
             outline = replace(outline, done=(*outline.done, names[number]))
         if not faults and outline.task is not None:
             faults.append(
@@ -199,6 +206,21 @@ class Recipe:
         if faults:
             raise ValueError(_several("the recipe", faults))
         return outline
+
+
+def _check_stage(stage: Any) -> Stage:
+    if not isinstance(stage, Stage):
+        raise TypeError(f"`stages` must hold stages, got {stage!r}. To resolve, use {', '.join(STAGES)}.")
+    return stage
+
+
+def _header_faults(start: Any, max_length: Any) -> list[str]:
+    faults = []
+    if start not in ("teacher", "checkpoint"):
+        faults.append(f"`start` must be teacher or checkpoint, got {start!r}. To resolve, choose one of them.")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        faults.append(f"`max_length` must be a whole number above 0, got {max_length!r}. To resolve, try 128.")
+    return faults
 
 
 def _several(what: str, faults: list[str]) -> str:

@@ -49,19 +49,42 @@ class Runner:
         resume: use what an earlier run left there; False starts over.
 
     Raises:
-        ValueError: `output_dir` is a file, or holds files that are not of a run.
+        ValueError: `output_dir` is a file, or nothing can be written there.
     """
 
     def __init__(self, output_dir: str | Path, resume: bool = True):
         self.output_dir = Path(output_dir)
         self.state = process_state()
+        # What an earlier run left goes when the first stage begins: a run that is refused before must not cost it.
+        self.starts_over = not resume
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ValueError(
                 f"`output_dir` must be a folder, got the file {output_dir}. To resolve, choose another name."
             )
-        if not resume and self.state.is_main_process and self.output_dir.is_dir():
-            for folder in [*self.output_dir.glob("[0-9][0-9]-*"), *self.output_dir.glob(".[0-9][0-9]-*.work")]:
+        _check_writable(self.output_dir)
+
+    def refuse_another(self, recipe: Recipe) -> None:
+        """ValueError where the folder holds stages of another recipe; to be called before any work."""
+        if self.starts_over or not self.output_dir.is_dir():
+            return
+        stages = {"00-teacher": recipe.teacher, **dict(zip(recipe.folder_names, recipe.stages))}
+        for folder in _stage_folders(self.output_dir):
+            name = folder.name.removeprefix(".").removesuffix(".work")
+            if name not in stages:
+                raise ValueError(
+                    f"{self.output_dir} is of another recipe: it holds {folder.name}, and the stages of {recipe.name!r} are "
+                    f"{', '.join(recipe.folder_names)}. To resolve, choose another `output_dir`, go back to the old recipe, or start "
+                    "over with resume=False (flag --restart)."
+                )
+            kept = _read_inputs(folder)
+            if kept is not None:
+                _refuse(folder, differences({"stage": kept.get("stage")}, {"stage": stages[name].to_dict()}))
+
+    def _start_over(self) -> None:
+        if self.starts_over and self.state.is_main_process and self.output_dir.is_dir():
+            for folder in _stage_folders(self.output_dir):
                 shutil.rmtree(folder)
+        self.starts_over = False
         self.state.wait_for_everyone()
 
     def run(
@@ -76,6 +99,7 @@ class Runner:
             ValueError: the folder is damaged, or holds the result of another recipe; the message says what differs.
             OSError: the disk is full; what was finished stays.
         """
+        self._start_over()
         folder, workdir = self.output_dir / name, self.output_dir / f".{name}.work"
         inputs = stage_inputs(stage, model, context)
         finished = finished_stage(folder, inputs)
@@ -83,8 +107,8 @@ class Runner:
             unfinished_of_another(workdir, inputs)
             try:
                 finished = self._do(stage, model, context, name, inputs, folder, workdir)
-            except OSError as error:
-                if error.errno == errno.ENOSPC or "No space left" in str(error):
+            except Exception as error:
+                if _is_full_disk(error):
                     raise OSError(
                         errno.ENOSPC,
                         f"the disk is full; stage {name} is not finished and the stages before it stay in {self.output_dir}. "
@@ -93,6 +117,7 @@ class Runner:
                 raise
         elif self.state.is_main_process:
             logger.info("stage %s is done already, skipped", name)
+            shutil.rmtree(workdir, ignore_errors=True)  # a kill between the last two lines of a stage leaves it
         return load_model(folder), finished
 
     def _do(
@@ -107,6 +132,8 @@ class Runner:
     ) -> dict[str, Any]:
         if self.state.is_main_process:
             logger.info("stage %s begins", name)
+            if workdir.exists() and _read_inputs(workdir) is None:
+                shutil.rmtree(workdir)  # checkpoints of settings that nobody knows
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(workdir / "inputs.json", inputs)
         self.state.wait_for_everyone()
@@ -115,7 +142,7 @@ class Runner:
         result, info = stage.run(model, context, workdir)
         seconds = time.perf_counter() - start
         if self.state.is_main_process:
-            metrics = context.evaluate(result.eval(), getattr(stage, "task", None), PROBE_ROWS)
+            metrics = self._probe(result.eval(), context, getattr(stage, "task", None))
             result = result.float().cpu().eval()
             difference = self._save(
                 result,
@@ -139,6 +166,12 @@ class Runner:
             logger.info("stage %s is done; reloaded logits differ by %.1e", name, difference)
         self.state.wait_for_everyone()
         return json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+
+    def _probe(self, model: PreTrainedModel, context: Context, task: str | None) -> dict[str, float]:
+        """Metrics on a sample of the validation rows; none where the head that flows is not this task's."""
+        if model.config.num_labels != context.data_for(task).task.num_labels:
+            return {}
+        return context.evaluate(model, task, PROBE_ROWS)
 
     def _save(
         self,
@@ -184,6 +217,7 @@ def run_recipe(
     Returns:
         The last stage's result and the stage.json of each stage.
     """
+    runner.refuse_another(recipe)
     records = []
     for stage, name in zip(recipe.stages, recipe.folder_names):
         model, record = runner.run(stage, model, context, name)
@@ -234,11 +268,7 @@ def finished_stage(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | 
             f"{folder} holds no readable {STAGE_FILE} ({type(error).__name__}), so it is not the whole result of a stage. "
             "To resolve, delete that folder and run the same command again."
         ) from error
-    if changes := differences(kept, inputs):
-        raise ValueError(
-            f"{folder} was made with other settings: {'; '.join(changes)}. To resolve, choose another `output_dir`, go back to the old "
-            "settings, or start over with resume=False (flag --restart)."
-        )
+    _refuse(folder, differences(kept, inputs))
     if weights_hash(folder) != digest:
         raise ValueError(
             f"the weights in {folder} are not those that the stage wrote: they are damaged or were changed. "
@@ -249,18 +279,53 @@ def finished_stage(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | 
 
 def unfinished_of_another(workdir: Path, inputs: Mapping[str, Any]) -> None:
     """Refuse to continue a stage that was interrupted under other settings."""
-    file = workdir / "inputs.json"
-    if not file.is_file():
-        return
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return
-    if changes := differences(kept, inputs):
+    kept = _read_inputs(workdir)
+    if kept is not None:
+        _refuse(workdir, differences(kept, inputs))
+
+
+def _refuse(folder: Path, changes: list[str]) -> None:
+    if changes:
+        what = "holds an interrupted stage" if folder.name.endswith(".work") else "was made"
         raise ValueError(
-            f"{workdir} holds an interrupted stage with other settings: {'; '.join(changes)}. To resolve, go back to the old settings, "
-            "choose another `output_dir`, or start over with resume=False (flag --restart)."
+            f"{folder} {what} with other settings: {'; '.join(changes)}. To resolve, choose another `output_dir`, go back to the old "
+            "settings, or start over with resume=False (flag --restart)."
         )
+
+
+def _stage_folders(output_dir: Path) -> list[Path]:
+    """Finished stages and the work folders of interrupted ones."""
+    return sorted([*output_dir.glob("[0-9][0-9]-*"), *output_dir.glob(".[0-9][0-9]-*.work")])
+
+
+def _read_inputs(folder: Path) -> dict[str, Any] | None:
+    """What a finished or interrupted stage was made from; None where the folder does not say."""
+    try:
+        if folder.name.endswith(".work"):
+            return dict(json.loads((folder / "inputs.json").read_text(encoding="utf-8")))
+        return dict(json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))["inputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_writable(folder: Path) -> None:
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    effective = os.access in os.supports_effective_ids
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
+        raise ValueError(
+            f"`output_dir` must be writable, but {place} is {'not' if place.is_dir() else 'a file'}. "
+            "To resolve, choose another folder."
+        )
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """torch.save and safetensors answer a full disk with errors of their own, some without a number."""
+    text = str(error)
+    return (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or "No space left" in text
+        or (isinstance(error, RuntimeError) and ("inline_container" in text or "iostream error" in text))
+    )
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -51,12 +52,19 @@ class Target:
         goal, value = goals[0], values[goals[0]]
         if goal == "params":
             parse(value, "params")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or value <= (1 if goal == "speedup" else 0):
+        elif (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not (1 if goal == "speedup" else 0) < value < math.inf
+        ):
             least = "above 1" if goal == "speedup" else "above 0"
             raise ValueError(f"`{goal}` must be a number {least}, got {value!r}. To resolve, correct it.")
         try:
             batch, _, seq = str(values.get("shape", "32x128")).partition("x")
-            return cls(goal, value, (int(batch), int(seq)))
+            shape = (int(batch), int(seq))
+            if min(shape) < 1:
+                raise ValueError
+            return cls(goal, value, shape)
         except ValueError:
             raise ValueError(
                 f'`shape` must look like "32x128", got {values["shape"]!r}. To resolve, correct it.'
@@ -93,9 +101,12 @@ class Sizes:
 
 
 def candidates(model: PreTrainedModel) -> list[Sizes]:
-    """Uniform shapes of all depths and a few widths, by falling encoder MACs; of equal ones the deepest."""
+    """Uniform shapes of all depths and a few widths, by falling encoder MACs; of equal ones the deepest.
+
+    In a model of uneven layers the narrowest gives the full width.
+    """
     structure = structure_of(model)
-    heads, ffn = structure.layer_widths[0]
+    heads, ffn = map(min, zip(*structure.layer_widths))
     gated = structure.family.gated
     found: dict[int, Sizes] = {}
     for layers in range(structure.num_layers, 0, -1):
@@ -167,13 +178,12 @@ def with_sizes(recipe: Recipe, model: PreTrainedModel, sizes: Sizes) -> Recipe:
     """The recipe with its depth and width stages set to `sizes`; a stage that would have nothing to do is left out.
 
     Raises:
-        ValueError: the recipe has no stage of a kind that the sizes need.
+        ValueError: the recipe has no stage of a kind that the sizes need, or names its layers itself.
     """
     n_layers = len(encoder_layers(model))
-    heads, ffn = structure_of(model).layer_widths[0]
     depth = [i for i, s in enumerate(recipe.stages) if isinstance(s, DepthReduction)]
     width = [i for i, s in enumerate(recipe.stages) if isinstance(s, WidthPruning)]
-    needs_width = (sizes.heads, sizes.ffn) != (heads, ffn)
+    needs_width = set(structure_of(model).layer_widths) != {(sizes.heads, sizes.ffn)}
     for needed, found, kind in (
         (sizes.layers < n_layers, depth, "depth_reduction"),
         (needs_width, width, "width_pruning"),
@@ -187,6 +197,11 @@ def with_sizes(recipe: Recipe, model: PreTrainedModel, sizes: Sizes) -> Recipe:
     for place, layers in zip(depth, _steps(n_layers, sizes.layers, len(depth))):
         stage = recipe.stages[place]
         assert isinstance(stage, DepthReduction)
+        if not isinstance(stage.keep, str):
+            raise ValueError(
+                f"`target` decides how many layers stay, but `keep` of a depth_reduction stage lists them: {list(stage.keep)}. "
+                "To resolve, use a name such as `keep: uniform`, or leave `target` out."
+            )
         new[place] = None if layers is None else replace(stage, layers=layers)
     for number, place in enumerate(width):
         stage = recipe.stages[place]

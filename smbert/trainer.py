@@ -7,8 +7,9 @@ and accelerate wraps the holder and leaves the student's own `forward` untouched
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .features import Features, capture_features
 from .measure import supports_bf16
@@ -33,7 +35,29 @@ class TrainingDiverged(RuntimeError):
     """A loss that is NaN or infinite; the checkpoints written before it are still there."""
 
 
-class Distillation(nn.Module):
+def check_finite(model: nn.Module, step: int) -> None:
+    """TrainingDiverged if an update has left weights that are NaN or infinite, which the next loss alone would tell."""
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise TrainingDiverged(
+            f"the weights are not finite after step {step} ({len(bad)} tensors, such as {bad[0]}). The last good checkpoint is kept. "
+            "To resolve, lower `learning_rate`, set args={'bf16': False}, or look for inputs that are not finite."
+        )
+
+
+class _Holder(nn.Module):
+    """Lets the loop reach the student's own switches; the newer of the two names is the one that transformers 5.23 calls."""
+
+    student: PreTrainedModel
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.student.gradient_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.student.activation_checkpointing_enable(**kwargs)
+
+
+class Distillation(_Holder):
     """A student, the losses it learns from and, where they need it, the live teacher.
 
     Args:
@@ -44,7 +68,7 @@ class Distillation(nn.Module):
 
     def __init__(self, student: PreTrainedModel, objective: ObjectiveSet, teacher: PreTrainedModel | None = None):
         super().__init__()
-        self.student = student
+        self.student = student.requires_grad_(True)  # it may be a copy of a frozen teacher
         self.objective = objective
         # In a tuple the teacher is no child: it is neither saved, nor counted, nor put into training mode.
         self._teacher = () if teacher is None else (freeze(teacher),)
@@ -64,9 +88,6 @@ class Distillation(nn.Module):
                 )
         return self.objective(student, teacher, inputs.get("labels"))
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.student.gradient_checkpointing_enable(**kwargs)
-
 
 def contiguous_modules(n_layers: int, n_modules: int) -> list[list[int]]:
     """Split `n_layers` predecessor layers into `n_modules` runs whose lengths differ by one at most (n/M where that is whole)."""
@@ -85,7 +106,7 @@ class ReplacingSchedule:
         return min(1.0, self.slope * step + self.base)
 
 
-class Theseus(nn.Module):
+class Theseus(_Holder):
     """Progressive module replacing: a successor layer learns to stand in for each run of predecessor layers.
 
     Each training forward draws r_i ~ Bernoulli(p_t) per module; r_i = 1 runs the successor's layer i, r_i = 0 the frozen
@@ -143,23 +164,46 @@ class Theseus(nn.Module):
         chosen: list[nn.Module] = []
         for layer, run, is_replaced in zip(kept, self._modules_of_layers, replaced, strict=True):
             chosen += [layer] if is_replaced else [old[i] for i in run]
-        config = self.student.config
-        types = getattr(config, "layer_types", None)
+        config, body = self.student.config, self.student.base_model
+        types, angles = getattr(config, "layer_types", None), getattr(body, "rotary_emb", None)
         own._modules.clear()
         own.extend(chosen)
         if types is not None:
-            # ModernBERT prepares a mask and rotary angles for the types that its config lists, and predecessor runs may add one.
+            # ModernBERT prepares rotary angles for the types that its config lists, and predecessor runs may add one, for which
+            # the successor may have no frequencies.
             config.layer_types = [layer.attention_type for layer in chosen]
+            body.rotary_emb = self._predecessor[0].base_model.rotary_emb
         try:
             yield
         finally:
             own._modules.clear()
             own.extend(kept)
             if types is not None:
-                config.layer_types = types
+                config.layer_types, body.rotary_emb = types, angles
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.student.gradient_checkpointing_enable(**kwargs)
+
+class LengthGroups(Sampler[int]):
+    """Batches of similar length in an order that seed and epoch alone decide.
+
+    transformers' own sampler draws from the global generator: after a resume inside a later epoch, and on ranks whose dropout has
+    drawn differently, it would give another order.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of one optimiser step of this process.
+        seed: of the run.
+        epoch: the epoch that is about to begin, from 0.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 16) + self.epoch())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class SmbertTrainer(Trainer):
@@ -170,6 +214,18 @@ class SmbertTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, Tensor] = {}
         self._n_terms = 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(ids) for ids in rows.with_format(None)["input_ids"][:]]
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroups(lengths, rows_per_step, self.args.seed, lambda: int(self.state.epoch or 0))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        check_finite(self.model, self.state.global_step)  # the one before it is deleted for it
+        super()._save_checkpoint(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         holder = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
@@ -207,7 +263,7 @@ def training_arguments(output_dir: Path, overrides: Mapping[str, Any], **stage_v
     defaults: dict[str, Any] = {
         # bf16 on a CPU is refused unless the CPU is asked for by name.
         "use_cpu": not torch.accelerator.is_available(),
-        "bf16": supports_bf16(),
+        "bf16": supports_bf16() and not overrides.get("fp16"),
         "train_sampling_strategy": "group_by_length",
         "length_column_name": "length",
         "lr_scheduler_type": "linear",
@@ -239,17 +295,47 @@ def training_attention(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def dropout_set_to(model: nn.Module, p: float | None) -> Iterator[None]:
     """Train with another dropout than the checkpoint's own; None keeps it."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-    before = [m.p for m in modules]
-    for m in modules:
-        m.p = m.p if p is None else p
+    places: list[tuple[Any, str]] = []
+    for module in model.modules() if p is not None else ():
+        if isinstance(module, nn.Dropout):
+            places.append((module, "p"))
+        elif isinstance(getattr(module, "attention_dropout", None), int | float):
+            places.append((module, "attention_dropout"))  # ModernBERT's attention has a number and no module
+    before = [getattr(*place) for place in places]
+    for module, name in places:
+        setattr(module, name, p)
     try:
         yield
     finally:
-        for m, old in zip(modules, before, strict=True):
-            m.p = old
+        for (module, name), old in zip(places, before, strict=True):
+            setattr(module, name, old)
+
+
+@contextmanager
+def gradient_checkpointing_ended(model: PreTrainedModel) -> Iterator[None]:
+    """Gradient checkpointing that the training switches on does not outlive it."""
+    before = _checkpoints_gradients(model)
+    try:
+        yield
+    finally:
+        if _checkpoints_gradients(model) and not before:
+            switch = getattr(model, "activation_checkpointing_disable", None)  # its name since transformers 5.23
+            (switch or model.gradient_checkpointing_disable)()
+
+
+def _checkpoints_gradients(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of an interrupted run, if there is one."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The newest whole checkpoint of an interrupted run, if there is one; a kill may have left a part of a newer one."""
+    found = {
+        int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()
+    }
+    for _, checkpoint in sorted(found.items(), reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # what the loop writes last
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +23,9 @@ from ..trainer import (
     Distillation,
     SmbertTrainer,
     Theseus,
+    check_finite,
     dropout_set_to,
+    gradient_checkpointing_ended,
     last_checkpoint,
     training_arguments,
     training_attention,
@@ -37,12 +41,14 @@ class Outline:
         heads_known: False after a pruning that decides the number of heads by budget.
         task: name of the task whose head the model carries, None for the target task.
         done: folder names of the stages so far.
+        results: what those stages leave, by folder name, as far as it is known.
     """
 
     structure: Structure
     heads_known: bool = True
     task: str | None = None
     done: tuple[str, ...] = ()
+    results: Mapping[str, Outline] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,10 @@ class TrainingStage(Stage):
     def __post_init__(self) -> None:
         positive = {"epochs": self.epochs, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
         for name, value in positive.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                hint = " (YAML takes 1e-5 for text and 1.0e-5 for a number)" if isinstance(value, str) else ""
                 raise ValueError(
-                    f"`{name}` must be a number above 0, got {value!r}. To resolve, set it in the {self.kind} stage."
+                    f"`{name}` must be a number above 0, got {value!r}{hint}. To resolve, set it in the {self.kind} stage."
                 )
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(
@@ -154,8 +161,9 @@ class TrainingStage(Stage):
             holder, args, train_dataset=rows, data_collator=context.collator, callbacks=[best] if best else None
         )
         start = time.perf_counter()
-        with training_attention(student), dropout_set_to(student, self.dropout):
+        with training_attention(student), dropout_set_to(student, self.dropout), gradient_checkpointing_ended(student):
             result = trainer.train(resume_from_checkpoint=last_checkpoint(workdir / "checkpoints"))
+        check_finite(student, result.global_step)
         seconds = time.perf_counter() - start
         if best:
             best.restore()
@@ -209,6 +217,11 @@ class BestEpoch(TrainerCallback):
         process_state().wait_for_everyone()
         if self.file.exists():
             self.student.load_state_dict(load_file(self.file))
+
+
+def as_text(value: Any) -> Any:
+    """A `Fraction` or `Path` as YAML can say it, everything else as it is."""
+    return str(value) if isinstance(value, Fraction | Path) else value
 
 
 def _plain(value: Any) -> Any:

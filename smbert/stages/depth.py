@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +16,10 @@ from .._sizes import Size, count_from
 from ..context import Context, TaskData, on_device
 from ..modeling import encoder_layers
 from ..objectives import GoldObjective, build_objectives
-from ..surgery import keep_layers, structure_of
+from ..surgery import Structure, keep_layers, structure_of
 from ..teacher import predict_logits
 from ..trainer import ReplacingSchedule, Theseus
-from .base import Outline, TrainingStage
+from .base import Outline, TrainingStage, as_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,8 @@ class DepthReduction(TrainingStage):
             raise ValueError(
                 f"`method` must be theseus or truncate, got {self.method!r}. To resolve, choose one of them."
             )
-        if not isinstance(self.keep, str):
+        object.__setattr__(self, "layers", as_text(self.layers))
+        if isinstance(self.keep, list | tuple):
             object.__setattr__(self, "keep", tuple(self.keep))
         elif self.keep not in ("first", "uniform", "last", "importance"):
             raise ValueError(
@@ -65,6 +67,10 @@ class DepthReduction(TrainingStage):
                 f"`base` must be from 0 to 1 and `slope` at least 0, got {self.base!r} and {self.slope!r}. "
                 "To resolve, use the paper's 0.3 and 0.0006."
             )
+        if self.importance_samples < 1:
+            raise ValueError(
+                f"`importance_samples` must be at least 1, got {self.importance_samples!r}. To resolve, try 256."
+            )
 
     def target(self, n_layers: int) -> int:
         """How many of `n_layers` stay."""
@@ -74,11 +80,36 @@ class DepthReduction(TrainingStage):
                 f"`layers` must be between 1 and {n_layers - 1} for this {n_layers}-layer model, got {self.layers!r}"
                 f"{'' if wanted == self.layers else f' ({wanted} layers)'}. To resolve, keep fewer layers, or drop the stage."
             )
-        if not isinstance(self.keep, str) and not all(0 <= i < n_layers for i in self.keep):
+        if not isinstance(self.keep, str) and not (
+            all(0 <= i < n_layers for i in self.keep) and list(self.keep) == sorted(set(self.keep))
+        ):
             raise ValueError(
-                f"`keep` must hold numbers from 0 to {n_layers - 1}, got {list(self.keep)}. To resolve, correct it."
+                f"`keep` must hold ascending, distinct numbers from 0 to {n_layers - 1}, got {list(self.keep)}. To resolve, correct it."
             )
         return wanted
+
+    def kept(self, structure: Structure) -> list[int] | None:
+        """The 0-based layers that stay; None where measuring decides.
+
+        Raises:
+            ValueError: too many, not there, or without layer 0 in a family that cannot do without it.
+        """
+        n_layers = structure.num_layers
+        n = self.target(n_layers)
+        if self.keep == "importance":
+            return None
+        named = {
+            "first": list(range(n)),
+            "last": list(range(n_layers - n, n_layers)),
+            "uniform": [round((i + 1) * n_layers / n) - 1 for i in range(n)],
+        }
+        kept = named[self.keep] if isinstance(self.keep, str) else list(self.keep)
+        if structure.family.fixed_first_layer and kept[0] != 0:
+            raise ValueError(
+                f"`keep` must begin with layer 0 for {structure.family.model_type}, whose first layer has no norm before its attention, "
+                f"got {self.keep!r} = {kept}. To resolve, use `keep: first`, `keep: importance`, or a list that begins with 0."
+            )
+        return kept
 
     def outline(self, before: Outline, context: Context) -> Outline:
         after = super().outline(before, context)
@@ -87,13 +118,22 @@ class DepthReduction(TrainingStage):
                 f"depth_reduction by theseus on task {self.task or context.data.task.name!r} needs a predecessor that is fine-tuned on it. "
                 "To resolve, put a finetune stage with the same `task` before it."
             )
-        n = self.target(before.structure.num_layers)
-        return replace(after, structure=replace(before.structure, layer_widths=before.structure.layer_widths[:n]))
+        widths, kept = before.structure.layer_widths, self.kept(before.structure)
+        if kept is None:
+            kept = list(range(self.target(len(widths))))
+            after = replace(after, heads_known=before.heads_known and len({heads for heads, _ in widths}) == 1)
+        return replace(
+            after,
+            structure=replace(before.structure, layer_widths=tuple(widths[i] for i in kept)),
+            task=before.task if self.method == "truncate" else after.task,  # nothing is trained, the head stays
+        )
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         data = context.data_for(self.task)
-        n_layers = len(encoder_layers(model))
-        chosen = self._choose(model, self.target(n_layers), context, data)
+        chosen = self.kept(structure_of(model))
+        if chosen is None:
+            n = self.target(len(encoder_layers(model)))
+            chosen = most_important_layers(on_device(model), n, self._sample(data, context), context)
         successor = keep_layers(model, chosen)
         if self.method == "truncate":
             return successor, {"layers_kept": chosen}
@@ -103,25 +143,14 @@ class DepthReduction(TrainingStage):
         rows = self.rows(data.train, context)
         steps = self.max_steps if self.max_steps > 0 else max(1, round(self.epochs * len(rows) / self.batch_size))
         slope = self.slope if self.slope is not None else (1 - self.base) / max(1, steps / 2)
-        holder = Theseus(on_device(successor), on_device(model), objective, ReplacingSchedule(self.base, slope))
+        predecessor = copy.deepcopy(model)  # it is frozen, and the model that came in is left alone
+        holder = Theseus(on_device(successor), on_device(predecessor), objective, ReplacingSchedule(self.base, slope))
         info = self.train(holder, rows, context, workdir, data)
         return successor, {
             "layers_kept": chosen,
             "final_replacing_rate": holder.schedule(info["optimiser_steps"]),
             **info,
         }
-
-    def _choose(self, model: PreTrainedModel, n: int, context: Context, data: TaskData) -> list[int]:
-        n_layers = len(encoder_layers(model))
-        if not isinstance(self.keep, str):
-            return list(self.keep)
-        if self.keep == "importance":
-            return most_important_layers(model, n, self._sample(data, context), context)
-        return {
-            "first": list(range(n)),
-            "last": list(range(n_layers - n, n_layers)),
-            "uniform": [round((i + 1) * n_layers / n) - 1 for i in range(n)],
-        }[self.keep]
 
     def _sample(self, data: TaskData, context: Context) -> Dataset:
         return data.train.shuffle(seed=context.seed).select(range(min(self.importance_samples, len(data.train))))

@@ -21,12 +21,16 @@ from ..objectives import (
     HiddenObjective,
     LogitsObjective,
     Objective,
+    RelationObjective,
     build_objectives,
 )
 from ..surgery import structure_of
 from ..teacher import cached_logits, join_unlabelled, with_teacher_logits
 from ..trainer import Distillation
-from .base import Outline, TrainingStage, build
+from .base import Outline, TrainingStage, as_text, build
+
+# The name, and the folder that a run gives it where it has to make it.
+TARGET_TEACHER = ("teacher", "00-teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,9 @@ class Distill(TrainingStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "objectives", tuple(_objective(o) for o in self.objectives))
+        for name in ("teacher", "student"):
+            object.__setattr__(self, name, as_text(getattr(self, name)))
+        object.__setattr__(self, "objectives", _objectives(self.objectives))
         if self.data not in ("auto", "task", "pool", "both"):
             raise ValueError(
                 f"`data` must be auto, task, pool or both, got {self.data!r}. To resolve, choose one of them."
@@ -73,32 +79,48 @@ class Distill(TrainingStage):
             raise ValueError(
                 "`data: pool` has no labels for the gold objective. To resolve, drop the objective, or use `data: both`."
             )
-        if self.teacher == "teacher" and after.task is not None:
-            raise ValueError(
-                f"distill on task {self.task!r} needs a teacher of that task. To resolve, set `teacher` to the folder name of the "
-                "stage that was fine-tuned on it."
-            )
-        if _is_stage_name(self.teacher) and self.teacher not in before.done:
-            raise ValueError(
-                f"`teacher` must name a stage before this one ({', '.join(before.done) or 'none'}), got {self.teacher!r}. "
-                "To resolve, correct it."
-            )
+        teacher = self._teacher_outline(before, after, context)
         if self.student is not None:
             after = replace(after, structure=structure_of(load_model(self.student)), heads_known=True)
-        if context.teacher is not None and self.teacher == "teacher":
-            objectives = self.objectives
-            if not after.heads_known:
-                bad = [o.kind for o in objectives if o.kind == "attention" and getattr(o, "heads", None) != "mean"]
-                if bad:
-                    raise ValueError(
-                        "an attention objective needs equal head counts, and a pruning before it decides them by budget. "
-                        "To resolve, use the relation objective, or put this stage before the pruning."
-                    )
-            else:
-                build_objectives(
-                    objectives, after.structure, structure_of(context.teacher), context.data_for(self.task).task.kind
+        task = None if self.teacher in TARGET_TEACHER else after.task if teacher is None else teacher.task
+        if task != after.task:
+            target = context.data.task.name
+            raise ValueError(
+                f"distill on task {after.task or target!r} needs a teacher of that task, and {self.teacher!r} is of {task or target!r}. "
+                "To resolve, set `teacher` to the folder name of a stage that was fine-tuned on it."
+            )
+        if teacher is None:
+            return after
+        objectives = self.objectives
+        if not (after.heads_known and teacher.heads_known):
+            if any(isinstance(o, AttentionObjective) and o.heads != "mean" for o in objectives):
+                raise ValueError(
+                    "an attention objective needs equal head counts, and a pruning before it decides them by budget. "
+                    "To resolve, use the relation objective, or put this stage before the pruning."
                 )
+            objectives = tuple(o for o in objectives if not isinstance(o, AttentionObjective | RelationObjective))
+        if objectives:
+            build_objectives(objectives, after.structure, teacher.structure, context.data_for(self.task).task.kind)
         return after
+
+    def _teacher_outline(self, before: Outline, after: Outline, context: Context) -> Outline | None:
+        """What is known of the teacher before the run; None for one that is still to be made."""
+        if self.teacher in TARGET_TEACHER:
+            return None if context.teacher is None else Outline(structure_of(context.teacher))
+        if re.fullmatch(r"\d\d-[a-z_]+", self.teacher):
+            if self.teacher not in before.done:
+                raise ValueError(
+                    f"`teacher` must name a stage before this one ({', '.join(before.done) or 'none'}), got {self.teacher!r}. "
+                    "To resolve, correct it."
+                )
+            return before.results.get(self.teacher)
+        model, task = load_model(self.teacher), context.data_for(self.task).task
+        if model.config.num_labels != task.num_labels:
+            raise ValueError(
+                f"`teacher` must have the {task.num_labels} labels of task {task.name!r}, got {self.teacher} with "
+                f"{model.config.num_labels}. To resolve, give a checkpoint that was fine-tuned on this task."
+            )
+        return Outline(structure_of(model), task=after.task)
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         data = context.data_for(self.task)
@@ -123,7 +145,7 @@ class Distill(TrainingStage):
         return student, {"teacher_ran_live": live, **info}
 
     def _teacher(self, context: Context) -> PreTrainedModel:
-        if self.teacher == "teacher":
+        if self.teacher in TARGET_TEACHER:
             if context.teacher is None:
                 raise ValueError(
                     "distill needs a teacher. To resolve, pass `teacher`, or begin the recipe with finetune."
@@ -137,14 +159,18 @@ class Distill(TrainingStage):
         return self.rows(join_unlabelled(labelled, context.pool if use_pool else None, data.task), context)
 
 
-def _is_stage_name(name: str) -> bool:
-    return bool(re.fullmatch(r"\d\d-[a-z_]+", name))
-
-
-def _objective(value: Any) -> Objective:
-    out = build(OBJECTIVES, value, "objective")
-    if not isinstance(out, Objective):
-        raise TypeError(
-            f"`objectives` must hold objectives, got {value!r}. To resolve, write {{kind: logits, weight: 1.0}}."
-        )
-    return out
+def _objectives(values: Any) -> tuple[Objective, ...]:
+    """The objectives of their YAML form; the faults of all in one ValueError."""
+    out, faults = [], []
+    for value in values if isinstance(values, list | tuple) else [values]:
+        try:
+            out.append(build(OBJECTIVES, value, "objective"))
+            if not isinstance(out[-1], Objective):
+                raise TypeError(
+                    f"`objectives` must hold objectives, got {value!r}. To resolve, write {{kind: logits, weight: 1.0}}."
+                )
+        except (ValueError, TypeError) as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return tuple(out)

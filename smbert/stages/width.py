@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from .._sizes import Size
+from .._costs import costs_of
+from .._sizes import Size, parse, round_up
 from ..allocate import Budget, plan_for
 from ..context import Context, device_of_run, on_device
 from ..importance import SCORERS, score, sum_over_ranks
+from ..measure import count_parameters
 from ..processes import process_state
-from ..surgery import keep_units
-from .base import Outline, Stage, known_task
+from ..surgery import Structure, keep_units, structure_of
+from .base import Outline, Stage, as_text, known_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +60,11 @@ class WidthPruning(Stage):
     task: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("heads", "ffn", "params", "macs"):
+            value = as_text(getattr(self, name))
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         for name in ("heads", "ffn"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-            elif value == "2/3" and (self.params is not None or self.macs is not None):
+            if getattr(self, name) == "2/3" and (self.params is not None or self.macs is not None):
                 # A budget takes the place of the paper's widths.
                 object.__setattr__(self, name, None)
         if self.scorer not in SCORERS:
@@ -78,10 +81,24 @@ class WidthPruning(Stage):
 
     def outline(self, before: Outline, context: Context) -> Outline:
         known_task(self.task, context)
-        if self.scope == "global" or self.params is not None or self.macs is not None:
-            return replace(before, heads_known=False)
-        widths = Budget(**self._limits()).widths_within(before.structure.layer_widths)
-        return replace(before, structure=replace(before.structure, layer_widths=tuple(widths)))
+        budget = Budget(**self._limits())
+        widths = budget.widths_within(before.structure.layer_widths)
+        if context.teacher is not None and before.heads_known:
+            _check_reachable(budget, before.structure, context.teacher)
+        budgeted = self.params is not None or self.macs is not None
+        # Known are counts that hold in each layer, and what nothing takes away.
+        heads_known, ffn_known = (
+            not budgeted if asked is None else self.scope == "uniform" for asked in (self.heads, self.ffn)
+        )
+        after = [
+            (new[0] if heads_known else old[0], new[1] if ffn_known else old[1])
+            for old, new in zip(before.structure.layer_widths, widths)
+        ]
+        return replace(
+            before,
+            structure=replace(before.structure, layer_widths=tuple(after)),
+            heads_known=before.heads_known and heads_known,
+        )
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         start = time.perf_counter()
@@ -106,3 +123,40 @@ class WidthPruning(Stage):
             }
             for a in range(0, len(mine), self.batch_size)
         ]
+
+
+def _check_reachable(budget: Budget, structure: Structure, teacher: PreTrainedModel) -> None:
+    """ValueError if a budget of parameters or MACs is below what stays when every layer keeps its minimum.
+
+    The sizes of what comes in are computed from the teacher's, whose layers and outer parts it shares; of another family or width
+    nothing is known before the run.
+    """
+    name = "params" if budget.params is not None else "macs"
+    asked = getattr(budget, name)
+    own = structure_of(teacher)
+    if asked is None or (own.family, own.hidden_size) != (structure.family, structure.hidden_size):
+        return
+    costs = costs_of(teacher, name, 128)
+    # Norms and output biases, which stay whatever is pruned.
+    per_layer = 0
+    if name == "params":
+        units = replace(costs, fixed=0).total(own.layer_widths)
+        per_layer = (count_parameters(teacher).encoder - units) // own.num_layers
+    costs = replace(costs, fixed=costs.fixed - per_layer * (own.num_layers - structure.num_layers))
+    number = parse(asked, name)
+    limit = number if isinstance(number, int) else math.floor(number * costs.total(structure.layer_widths))
+    kept = budget.widths_within(structure.layer_widths)
+    least = costs.total(
+        [
+            (
+                min(h, budget.min_heads) if budget.heads is None else h,
+                min(f, round_up(budget.min_ffn, budget.multiple_of)) if budget.ffn is None else f,
+            )
+            for h, f in kept
+        ]
+    )
+    if least > limit:
+        raise ValueError(
+            f"`{name}` must be at least {least:,}, the smallest that this model reaches by its heads and neurons, got {asked!r} = "
+            f"{limit:,}. To resolve, allow more, lower `min_heads` and `min_ffn`, or remove layers first."
+        )
