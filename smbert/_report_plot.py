@@ -104,7 +104,7 @@ def _panel(axes: Axes, shown: Sequence[Aggregate], path: str, title: str, scale:
     low, high = min(values), max(values)
     if low > 0 and high / low > 8:
         axes.set_xscale("log")
-        axes.set_xlim(low / (high / low) ** 0.15, high * (high / low) ** 0.15)
+        axes.set_xlim(low / (high / low) ** 0.2, high * (high / low) ** 0.2)
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -155,12 +155,12 @@ def _label(axes: Axes, shown: Sequence[Aggregate], path: str, scale: float) -> N
         best: tuple[float, Bbox] | None = None
         text = axes.annotate(words, (x, y), xycoords="figure pixels", fontsize=8.5, color=_colour(shown, a.name))
         size = text.get_window_extent(renderer)
-        for far in (13, 24, 40, 60, 85, 120, 160):
+        for far in (13, 20, 30, 45, 60, 80, 100, 130, 160, 200, 250):
             for dx, dy in ((1, 0.5), (1, -0.5), (-1, 0.5), (-1, -0.5), (0, 1), (0, -1), (1, 0), (-1, 0)):
                 left = x + dx * far - (size.width if dx < 0 else size.width / 2 if dx == 0 else 0)
                 bottom = y + dy * far - (size.height if dy < 0 else size.height / 2 if dy == 0 else 0)
                 box = Bbox.from_bounds(left, bottom, size.width, size.height)
-                cost = far + sum(_overlap(box, other) for other in taken) + 3 * _outside(box, frame)
+                cost = far + 3 * sum(_overlap(box, other) for other in taken) + 3 * _outside(box, frame)
                 if best is None or cost < best[0]:
                     best = cost, box
         assert best is not None

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import logging
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ._recipe_help import recipe_help
 from .processes import process_state
-from .stages import STAGES
 from .trainer import TrainingDiverged
 
 
@@ -81,12 +79,19 @@ def guarded(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         logging.getLogger("httpx").setLevel(logging.WARNING)
         run(args)
     except (ValueError, TypeError, TrainingDiverged, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted. To go on where it stopped: {command_line()}", file=sys.stderr)
+        # With --restart the same command would throw away what is there.
+        print(f"\ninterrupted. To go on where it stopped: {command_line().replace(' --restart', '')}", file=sys.stderr)
         return 130
     return 0
+
+
+def one_line(error: BaseException) -> str:
+    """The message without the line breaks of other libraries; the faults of a recipe keep a line each."""
+    text = str(error) or type(error).__name__
+    return text if "\n  - " in text else " ".join(text.split())
 
 
 def command_line() -> str:
@@ -159,34 +164,6 @@ def add_compress_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     parser.set_defaults(run=run_compress)
 
 
-def recipe_help() -> str:
-    """Every key of every stage with its default and its meaning, from the dataclasses themselves."""
-    lines = ["recipe keys (for --set and YAML):"]
-    for kind, cls in STAGES.items():
-        meanings: dict[str, str] = {}
-        for base in reversed(cls.__mro__):
-            meanings |= documented_attributes(base.__doc__ or "")
-        lines.append(f"\n  {kind}: {(cls.__doc__ or '').splitlines()[0]}")
-        for f in fields(cls):
-            default = f.default if not callable(f.default_factory) else "see smbert.yaml"
-            lines.append(f"    {f.name} = {default}: {meanings.get(f.name, '')}")
-    return "\n".join(lines)
-
-
-def documented_attributes(doc: str) -> dict[str, str]:
-    """The `Attributes:` section of a docstring: name -> text."""
-    out: dict[str, str] = {}
-    name = ""
-    for line in inspect.cleandoc(doc).partition("Attributes:")[2].splitlines():
-        if line.startswith("    ") and not line.startswith("     ") and ":" in line:
-            names, _, text = line.strip().partition(": ")
-            for name in names.split(", "):
-                out[name] = text
-        elif line.strip() and name:
-            out[name] += " " + line.strip()
-    return out
-
-
 def pairs(items: Sequence[str], flag: str) -> dict[str, Any]:
     """KEY=VALUE flags, values read as YAML."""
     out = {}
@@ -194,7 +171,10 @@ def pairs(items: Sequence[str], flag: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ValueError(f"`{flag}` must look like KEY=VALUE, got {item!r}. To resolve, correct it.")
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"`{flag} {item}` has a value that is not YAML. To resolve, correct it.") from None
         # YAML reads 1e-5 as text and 2/3 stays text, which is how shares are written.
         if isinstance(parsed, str):
             with contextlib.suppress(ValueError):
@@ -228,8 +208,9 @@ def data_of(args: argparse.Namespace, required: Sequence[str] = ("train", "valid
 
 
 def run_compress(args: argparse.Namespace) -> None:
-    from datasets import DatasetDict, load_dataset
+    from datasets import DatasetDict
 
+    from ._rows import read_files
     from .compress import compress
     from .inputs import as_recipe
 
@@ -253,10 +234,7 @@ def run_compress(args: argparse.Namespace) -> None:
     intermediate: Mapping[str, DatasetDict] | Sequence[str] = ()
     if args.intermediate:
         recipe, intermediate = recipe.through(args.intermediate), [args.intermediate]
-    unlabelled = None
-    if args.unlabelled_file:
-        kind = args.unlabelled_file.rpartition(".")[2].replace("jsonl", "json")
-        unlabelled = load_dataset(kind, data_files=args.unlabelled_file, split="train")
+    unlabelled = read_files([args.unlabelled_file]) if args.unlabelled_file else None
     goal = pairs([args.target], "--target") | {"shape": args.target_shape} if args.target else None
     result = compress(
         model,
@@ -305,10 +283,12 @@ def show_result(result: Any) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     from .checkpoints import load_model
     from .context import Context
-    from .heads import check_labels, label_names
+    from .heads import check_labels, is_finetuned, label_names
     from .inputs import as_tokenizer, tokenised
 
     model = load_model(args.model, trust_remote_code=args.trust_remote_code)
+    if not is_finetuned(args.model):
+        raise ValueError(f"{args.model} has no trained classification head. To resolve, fine-tune it, or compress it.")
     if args.validation_file and args.label_names is None:
         args.label_names = label_names(model)
     task, data = data_of(args, ("validation",))

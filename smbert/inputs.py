@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .context import Context, TaskData
 from .measure import max_positions
+from .processes import process_state
 from .recipe import Recipe
 from .stages import Stage
 from .surgery import structure_of
 from .tasks import Task, custom_task_from, load_task, prepare, tokenize
+from .trainer import training_arguments
 
 # What the stages set themselves, and where the user sets it.
 STAGE_OWNED = {
@@ -56,6 +59,12 @@ def as_options(args: Mapping[str, Any] | TrainingArguments | None) -> dict[str, 
     if owned := sorted(set(options) & set(STAGE_OWNED)):
         places = ", ".join(f"{name} as {STAGE_OWNED[name]}" for name in owned)
         raise ValueError(f"`args` must not hold {', '.join(owned)}, which the stages set. To resolve, set {places}.")
+    process_state()  # decides on the back end before TrainingArguments can
+    try:
+        training_arguments(Path("unused"), options)
+        json.dumps(options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`args` holds a value that cannot be used: {error}. To resolve, correct it.") from error
     return options
 
 

@@ -136,6 +136,9 @@ class LogitsObjective(Objective):
     """Soft labels (Hinton et al. 2015): T^2 KL(softmax(z_T / T) || softmax(z_S / T)), mean over rows.
 
     Multi-label tasks: the same with one Bernoulli distribution per label, mean over rows and labels. Regression: MSE.
+
+    Attributes:
+        temperature: T; above 1 it softens the teacher's distribution. Regression ignores it.
     """
 
     temperature: float = 2.0
@@ -170,7 +173,12 @@ class GoldObjective(Objective):
 
 @dataclass(frozen=True)
 class _LayerObjective(Objective):
-    """A term that compares layers; `layer_map` as in `layer_pairs`."""
+    """A term that compares layers.
+
+    Attributes:
+        layer_map: "uniform" pairs student layer j with every n/m-th teacher layer, "last" the two last layers; or a list of
+            [teacher, student] pairs, counted from 1.
+    """
 
     layer_map: str | tuple[tuple[int, int], ...] = "uniform"
 

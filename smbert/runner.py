@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, set_seed
 
 from . import __version__
@@ -57,10 +58,6 @@ class Runner:
         self.state = process_state()
         # What an earlier run left goes when the first stage begins: a run that is refused before must not cost it.
         self.starts_over = not resume
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(
-                f"`output_dir` must be a folder, got the file {output_dir}. To resolve, choose another name."
-            )
         _check_writable(self.output_dir)
 
     def refuse_another(self, recipe: Recipe) -> None:
@@ -108,10 +105,10 @@ class Runner:
             try:
                 finished = self._do(stage, model, context, name, inputs, folder, workdir)
             except Exception as error:
-                if _is_full_disk(error):
+                if failure := _write_failure(error):
                     raise OSError(
-                        errno.ENOSPC,
-                        f"the disk is full; stage {name} is not finished and the stages before it stay in {self.output_dir}. "
+                        getattr(error, "errno", None) or errno.ENOSPC,
+                        f"{failure}; stage {name} is not finished and the stages before it stay in {self.output_dir}. "
                         "To resolve, free space and run the same command again",
                     ) from error
                 raise
@@ -309,23 +306,23 @@ def _read_inputs(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_writable(folder: Path) -> None:
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    effective = os.access in os.supports_effective_ids
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
-        raise ValueError(
-            f"`output_dir` must be writable, but {place} is {'not' if place.is_dir() else 'a file'}. "
-            "To resolve, choose another folder."
-        )
+    # os.path answers False, where Path would raise, for what lies in a folder that may not be read.
+    place = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not os.path.isdir(place):
+        raise ValueError(f"`output_dir` must be a folder, but {place} is a file. To resolve, choose another name.")
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ValueError(f"`output_dir` must be writable, but {place} is not. To resolve, choose another folder.")
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    """torch.save and safetensors answer a full disk with errors of their own, some without a number."""
-    text = str(error)
-    return (
-        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        or "No space left" in text
-        or (isinstance(error, RuntimeError) and ("inline_container" in text or "iostream error" in text))
-    )
+def _write_failure(error: BaseException) -> str:
+    """What kept a file from being written, "" for other errors: torch.save and safetensors raise their own, without a number."""
+    text, number = str(error), getattr(error, "errno", None)
+    from_torch = isinstance(error, RuntimeError) and ("inline_container" in text or "iostream error" in text)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or from_torch:
+        return "the disk is full"
+    if number == errno.EFBIG or "File too large" in text or isinstance(error, SafetensorError):
+        return f"a file could not be written ({text.splitlines()[0]})"
+    return ""
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -284,7 +284,7 @@ def test_markdown_of_awkward_reports() -> None:
         rows=[Row("a|b", "mrpc")], target={"goal": "params", "asked": "35%", "measured": 9, "met": False}
     ).markdown()
     assert r"| a\|b |" in text and "Target: params 35% asked, 9 measured: **NOT met**." in text
-    stages = [
+    stages: list[dict[str, Any]] = [
         {"name": "00-teacher", "seconds": 3.0, "metric": None, "structure": []},
         {"name": "x", "structure": "as it was"},
     ]
@@ -330,19 +330,17 @@ def _boxes(report: Report) -> list[tuple[Any, list[Any], list[Any]]]:
     panels = []
     for axes in figure.axes:
         labels = [text.get_window_extent(renderer) for text in axes.texts if text.get_text()]
-        points = [
-            axes.transData.transform((container.lines[0].get_xdata()[0], container.lines[0].get_ydata()[0]))
-            for container in axes.containers
-        ]
+        markers: list[Any] = [container[0] for container in axes.containers]
+        points = [axes.transData.transform((marker.get_xdata()[0], marker.get_ydata()[0])) for marker in markers]
         panels.append((axes, labels, points))
     return panels
 
 
 def crowd() -> Report:
     report = Report(rows=[measured("teacher", 0.892, 117e6, 1500)])
-    for i in range(7):
+    for i in range(9):
         name = f"variant {i}" + " with a rather long name" * (i % 2)
-        report.add(measured(name, 0.82 + 0.01 * i, 100e6 - 1e6 * (i % 4), 30 + 30 * (i % 3)))
+        report.add(measured(name, 0.80 + 0.01 * i, 100e6 - 1e6 * (i % 4), 30 + 30 * (i % 3)))
     return report
 
 
