@@ -7,7 +7,7 @@ is only ever computed between figures of the same turns. The first model is the 
 sentences is shorter than 128 tokens and partly padding, and small models gain less there than on full batches.
 
 Columns named 1x128 are batch x length without padding; 1xmrpc and 32xmrpc are rows of the task as they come, padded to the longest.
-bf16 is autocast over fp32 weights; its speed-ups are against the baseline in bf16.
+bf16 is autocast over fp32 weights. It has turns of its own, so its speed-ups are against the baseline in bf16.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from smbert.checkpoints import load_model
 from smbert.cli import guarded
-from smbert.context import device_of_run
+from smbert.context import on_device
 from smbert.measure import count_parameters, environment, latency, latency_on, macs, speedups
 from smbert.report import Report, Row
 from smbert.tasks import load_task, tokenize
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"models must look like NAME=DIR, each name once, got {args.models}. To resolve, name them.")
     if unknown := [name for name in args.dtypes.split(",") if name not in DTYPES]:
         raise ValueError(f"`--dtypes` must be among {', '.join(DTYPES)}, got {unknown}. To resolve, correct it.")
-    models = {name: load_model(place).to(device_of_run()) for name, place in folders.items()}
+    models = {name: on_device(load_model(place)) for name, place in folders.items()}
     batches = [int(batch) for batch in args.batches.split(",")]
     shapes = [(batch, int(length)) for length in args.lengths.split(",") for batch in batches]
     mix = {batch: real_batches(args, folders, batch) for batch in batches} if args.task else {}
@@ -146,7 +146,7 @@ def draw(report: Report, path: Path) -> None:
     axes.set_xticks(range(len(shapes)), shapes)
     axes.set_ylabel("ms per batch (median)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center")
     figure.savefig(path)
 
 

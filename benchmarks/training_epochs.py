@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from smbert.checkpoints import load_model
-from smbert.context import Context, device_of_run
+from smbert.context import Context, device_of_run, on_device
 from smbert.heads import with_head
 from smbert.inputs import tokenised
 from smbert.measure import supports_bf16
@@ -88,11 +88,11 @@ class Epochs:
         self._context = Context(tokenizer, splits, cache_dir=workdir, args={"disable_tqdm": True})
         self._rows, self.samples = splits.train, len(splits.train)
         set_seed(0)
-        self._teacher = freeze(with_head(load_model(model), task).to(self._device))
+        self._teacher = freeze(on_device(with_head(load_model(model), task)))
         depth = len(encoder_layers(self._teacher))
-        self._student = keep_layers(self._teacher, range(0, depth, 4)).to(self._device)
+        self._student = on_device(keep_layers(self._teacher, range(0, depth, 4)))
         self._runs = contiguous_modules(depth, max(1, depth // 2))
-        self._successor = keep_layers(self._teacher, range(len(self._runs))).to(self._device)
+        self._successor = on_device(keep_layers(self._teacher, range(len(self._runs))))
         begin, collator = now(), self._context.collator
         logits = cached_logits(self._teacher, self._rows, collator, workdir, bf16=supports_bf16(), disable_tqdm=True)
         self.cache_seconds = now() - begin
@@ -125,14 +125,18 @@ class Epochs:
         objective = self._distillation(GOLD, self._successor).objective
         holder = Theseus(self._successor, self._teacher, objective, ReplacingSchedule(0.5, 0.0))
         fixed, _ = self._draws(seed)
-        holder.register_forward_pre_hook(lambda *_: torch.manual_seed(fixed) and None)
+
+        def draw_the_same(*_: Any) -> None:
+            torch.manual_seed(fixed)
+
+        holder.register_forward_pre_hook(draw_the_same)
         return self._epoch(holder, seed)
 
     def theseus_layers(self, seed: int) -> float:
         """A plain model of as many layers as Theseus ran, of which the same ones learn and the others know no dropout."""
         _, replaced = self._draws(seed)
         chosen = [(i, learns) for run, learns in zip(self._runs, replaced) for i in (run[:1] if learns else run)]
-        holder = self._distillation(GOLD, keep_layers(self._teacher, [i for i, _ in chosen]).to(self._device))
+        holder = self._distillation(GOLD, on_device(keep_layers(self._teacher, [i for i, _ in chosen])))
         holder.requires_grad_(False)
         with ExitStack() as stack:
             for layer, (_, learns) in zip(encoder_layers(holder.student), chosen):
@@ -173,7 +177,7 @@ class Epochs:
         for module in holder.student.modules():
             if self._freeze_embeddings and isinstance(module, nn.Embedding):
                 module.requires_grad_(False)
-        with training_attention(holder.student):
+        with training_attention(*holder.differentiated):
             trainer.train()
         return watch.seconds
 

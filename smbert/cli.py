@@ -267,8 +267,9 @@ def show_result(result: Any) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(result.report.table())
     if (target := result.report.target) is not None:
+        measured = f"{target['measured']:,.0f}" if target["goal"] == "params" else target["measured"]
         console.print(
-            f"target {target['goal']} {target['asked']}: measured {target['measured']}, {'met' if target['met'] else 'NOT met'}"
+            f"target {target['goal']} {target['asked']}: measured {measured}, {'met' if target['met'] else 'NOT met'}"
         )
     out = result.output_dir
     console.print(

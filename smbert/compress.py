@@ -142,9 +142,9 @@ def compress(
     goal = None if target is None else Target.of(target)
     options = as_options(args)
     spec, data = as_data(task, data_dir, train_dataset, eval_dataset, text_columns, label_column)
-    tok = as_tokenizer(model, tokenizer, trust_remote_code)
     set_seed(seed)
     student = model if isinstance(model, PreTrainedModel) else load_model(model, trust_remote_code=trust_remote_code)
+    tok = as_tokenizer(model, tokenizer, trust_remote_code)
     finetuned = is_finetuned(model) and not new_head
     if finetuned:
         check_labels(student, spec)
@@ -206,7 +206,8 @@ def compress(
     report = Report(command=command or "smbert.compress(...)", environment=environment())
     report.stages = [stage_summary(record) for record in records]
     if runner.state.is_main_process:
-        shapes = SHAPES if goal is None or goal.shape in SHAPES else (*SHAPES, goal.shape)
+        timed_too = goal is not None and goal.goal != "params" and goal.shape not in SHAPES
+        shapes = (*SHAPES, goal.shape) if goal is not None and timed_too else SHAPES
         for row in rows_of(models, context, seconds, data, shapes):
             report.add(row)
         if goal is not None:

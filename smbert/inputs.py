@@ -135,16 +135,23 @@ def as_intermediate(
     data_dir: str | Path | None,
     tokenize_all: Callable[[Task, Mapping[str, Dataset]], TaskData],
 ) -> dict[str, TaskData]:
-    """Intermediate tasks by name, tokenised."""
+    """Intermediate tasks by name, tokenised.
+
+    Raises:
+        ValueError: data that are not there or bad rows; the message says of which task.
+    """
     out = {}
     for name in [intermediate] if isinstance(intermediate, str) else intermediate:
-        if isinstance(intermediate, Mapping):
-            splits = intermediate[name]
-            task = custom_task_from(splits, name=name)
-            out[name] = tokenize_all(task, prepare(task, splits))
-        else:
-            # The data folder of a single task cannot hold another one; its parent holds both.
-            out[name] = tokenize_all(*load_task(name, data_dir))
+        try:
+            if isinstance(intermediate, Mapping):
+                splits = intermediate[name]
+                task = custom_task_from(splits, name=name)
+                out[name] = tokenize_all(task, prepare(task, splits))
+            else:
+                # The data folder of a single task cannot hold another one; its parent holds both.
+                out[name] = tokenize_all(*load_task(name, data_dir))
+        except ValueError as error:
+            raise ValueError(f"intermediate task {name!r}: {error}") from error
     return out
 
 

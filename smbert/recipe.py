@@ -87,7 +87,9 @@ class Recipe:
         teacher = Finetune()
         try:
             if not isinstance(given := values.get("teacher", {}), Mapping):
-                raise ValueError(f"it must be a mapping such as {{epochs: 3}}, got {given!r}. To resolve, correct or drop it.")
+                raise ValueError(
+                    f"it must be a mapping such as {{epochs: 3}}, got {given!r}. To resolve, correct or drop it."
+                )
             teacher = build({"finetune": Finetune}, {"kind": "finetune", **given}, "teacher")
         except (ValueError, TypeError) as error:
             faults.append(f"teacher: {error}")
@@ -173,7 +175,9 @@ class Recipe:
         """
         moved: list[Stage] = [replace(self.teacher, task=task)]
         # The finetune stage in front takes number 01.
-        names = {name: f"{i:02d}-{stage.kind}" for i, (name, stage) in enumerate(zip(self.folder_names, self.stages), 2)}
+        names = {
+            name: f"{i:02d}-{stage.kind}" for i, (name, stage) in enumerate(zip(self.folder_names, self.stages), 2)
+        }
         names |= dict.fromkeys(TARGET_TEACHER, f"01-{Finetune.kind}")
         for stage in self.stages:
             changes: dict[str, Any] = {"task": task}

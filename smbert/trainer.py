@@ -50,6 +50,11 @@ class _Holder(nn.Module):
 
     student: PreTrainedModel
 
+    @property
+    def differentiated(self) -> tuple[PreTrainedModel, ...]:
+        """The models that gradients flow through."""
+        return (self.student,)
+
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.student.gradient_checkpointing_enable(**kwargs)
 
@@ -150,7 +155,8 @@ class Theseus(_Holder):
         mask = features["attention_mask"].bool()
         loss, terms = self.objective(Features(mask=mask, logits=logits), Features(mask=mask), inputs.get("labels"))
         if self.training and not loss.requires_grad:
-            # No successor was drawn: the step happens, so that the schedule counts it, and changes nothing.
+            # No successor was drawn: the step happens, so that the schedule counts it, with a gradient of zero for one tensor,
+            # without which neither DistributedDataParallel nor a gradient scaler gets through.
             loss = loss + 0 * next(encoder_layers(self.student).parameters()).sum()
         return loss, terms
 
@@ -164,7 +170,8 @@ class Theseus(_Holder):
         chosen: list[nn.Module] = []
         for layer, run, is_replaced in zip(kept, self._modules_of_layers, replaced, strict=True):
             chosen += [layer] if is_replaced else [old[i] for i in run]
-        config, body = self.student.config, self.student.base_model
+        config: Any = self.student.config
+        body: Any = self.student.base_model
         types, angles = getattr(config, "layer_types", None), getattr(body, "rotary_emb", None)
         own._modules.clear()
         own.extend(chosen)
@@ -180,6 +187,11 @@ class Theseus(_Holder):
             own.extend(kept)
             if types is not None:
                 config.layer_types, body.rotary_emb = types, angles
+
+    @property
+    def differentiated(self) -> tuple[PreTrainedModel, ...]:
+        """The models that gradients flow through."""
+        return (self.student, *self._predecessor)
 
 
 class LengthGroups(Sampler[int]):
@@ -224,7 +236,9 @@ class SmbertTrainer(Trainer):
         return LengthGroups(lengths, rows_per_step, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        check_finite(self.model, self.state.global_step)  # the one before it is deleted for it
+        check_finite(
+            self.accelerator.unwrap_model(self.model), self.state.global_step
+        )  # the one before it is deleted for it
         super()._save_checkpoint(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -279,17 +293,16 @@ def training_arguments(output_dir: Path, overrides: Mapping[str, Any], **stage_v
 
 
 @contextmanager
-def training_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Train on a CPU under eager attention, whose backward is 1.2x faster there at sentence lengths than the fused kernel's."""
-    before = model.config._attn_implementation
-    use_eager = before == "sdpa" and not torch.cuda.is_available()
-    if use_eager:
+def training_attention(*models: PreTrainedModel) -> Iterator[None]:
+    """Run backward passes on a CPU under eager attention: at sentence lengths 1.2x faster there than the fused kernel's."""
+    switched = [m for m in models if m.config._attn_implementation == "sdpa" and not torch.cuda.is_available()]
+    for model in switched:
         model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        if use_eager:
-            model.set_attn_implementation(before)
+        for model in switched:
+            model.set_attn_implementation("sdpa")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -15,14 +16,14 @@ import torch
 from datasets import Dataset, DatasetDict
 from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from smbert.context import Context
 from smbert.inputs import tokenised
-from smbert.modeling import FAMILIES
 from smbert.recipe import Recipe
 from smbert.stages import DepthReduction, Distill, Finetune, WidthPruning
 from smbert.tasks import Task, prepare
+from smbert.trainer import SmbertTrainer
 
 # No test here says anything about speed, and a progress bar costs more than a step of a tiny model.
 QUIET = {"disable_tqdm": True, "bf16": False}
@@ -130,10 +131,6 @@ def stage_folders(output_dir: Path) -> list[str]:
     return sorted(p.name for p in output_dir.iterdir() if p.name.lstrip(".")[:2].isdigit() or p.name == "undistilled")
 
 
-def family_names() -> list[str]:
-    return list(FAMILIES)
-
-
 # ---------------------------------------------------------------------------------------------------------- child processes
 
 
@@ -144,6 +141,27 @@ def child(function: Callable[..., Any], *args: Any) -> BaseProcess:
     process = context.Process(target=_run_child, args=(function, args), daemon=True)
     process.start()
     return process
+
+
+class _Pause(TrainerCallback):
+    def __init__(self, stage: str, step: int, file: Path):
+        self.stage, self.step, self.file = stage, step, file
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stage in args.output_dir and state.global_step == self.step:
+            self.file.touch()
+            signal.pause()
+
+
+def pause_training(stage: str, step: int, file: Path) -> None:
+    """In a child only: every training below a folder of this name stops after a step, for ever, and says so by making a file."""
+    init = SmbertTrainer.__init__
+
+    def init_with_pause(self: SmbertTrainer, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.add_callback(_Pause(stage, step, file))
+
+    SmbertTrainer.__init__ = init_with_pause  # type: ignore[method-assign]
 
 
 def _run_child(function: Callable[..., Any], args: tuple[Any, ...]) -> None:

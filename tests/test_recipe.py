@@ -195,7 +195,16 @@ def test_all_faults_of_a_recipe_come_in_one_message() -> None:
         """)
     text = str(caught.value)
     assert text.startswith("the recipe has 7 faults:")
-    for part in ("nmae", "`start`", "`max_length`", "teacher: `epochs`", "stage 1: unknown key epoch", "'logit'", "`weight`", "stage 4:"):
+    for part in (
+        "nmae",
+        "`start`",
+        "`max_length`",
+        "teacher: `epochs`",
+        "stage 1: unknown key epoch",
+        "'logit'",
+        "`weight`",
+        "stage 4:",
+    ):
         assert part in text
     assert "stage 3" not in text
 
@@ -312,7 +321,9 @@ def test_recipes_make_the_papers_shape_of_bert_base(name: str, context: Context,
     assert after.done == ("00-teacher", *recipe.folder_names)
 
 
-@pytest.mark.parametrize(("layers", "heads", "ffn", "result"), [(6, 6, 1536, (2, 4, 1024)), (24, 16, 4096, (6, 11, 2736))])
+@pytest.mark.parametrize(
+    ("layers", "heads", "ffn", "result"), [(6, 6, 1536, (2, 4, 1024)), (24, 16, 4096, (6, 11, 2736))]
+)
 def test_smbert_generalises_by_ratio(
     layers: int, heads: int, ffn: int, result: tuple[int, int, int], context: Context
 ) -> None:
@@ -464,7 +475,7 @@ def test_a_teacher_of_other_labels_is_refused(checking: Context, tmp_path: Path)
 
 
 def test_a_student_of_another_shape_is_checked_as_it_is(checking: Context, tmp_path: Path) -> None:
-    save_model(tiny("distilbert", layers=2, hidden_size=16, n_heads=2), tmp_path / "student")
+    save_model(tiny("distilbert", layers=2, hidden_size=16, num_attention_heads=2), tmp_path / "student")
     stage = Distill(student=str(tmp_path / "student"), objectives=(HiddenObjective(),))
     after = Recipe(stages=(stage,)).check(outline_of(tiny("bert")), checking)
     assert (after.structure.family.model_type, after.structure.hidden_size) == ("distilbert", 16)

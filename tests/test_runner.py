@@ -25,6 +25,7 @@ from run_helpers import (
     child,
     finish,
     kill,
+    pause_training,
     same_weights,
     splits,
     stage_folders,
@@ -34,9 +35,8 @@ from run_helpers import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-import smbert.stages.base as base
 from smbert.context import Context
 from smbert.inputs import tokenised
 from smbert.recipe import Recipe
@@ -210,7 +210,9 @@ def changed(number: int, **changes: Any) -> Recipe:
         (changed(2, objectives=({"kind": "logits"},)), "02-distill", ["`stage.objectives`"]),
     ],
 )  # fmt: skip
-def test_a_changed_recipe_names_the_field(copied: Path, no_work: None, recipe: Recipe, folder: str, words: list[str]) -> None:
+def test_a_changed_recipe_names_the_field(
+    copied: Path, no_work: None, recipe: Recipe, folder: str, words: list[str]
+) -> None:
     with pytest.raises(ValueError, match="was made with other settings") as error:
         go(copied, recipe)
     for word in [folder, "To resolve", "--restart", *words]:
@@ -226,7 +228,9 @@ def test_a_recipe_of_other_stages_is_refused_before_any_of_them(copied: Path, no
 
 def test_a_change_in_a_later_stage_is_refused_before_the_earlier_ones_are_made(copied: Path, no_work: None) -> None:
     shutil.rmtree(copied / NAMES[0])
-    with pytest.raises(ValueError, match=r"04-finetune was made with other settings: `stage.batch_size` was 8 and is 4"):
+    with pytest.raises(
+        ValueError, match=r"04-finetune was made with other settings: `stage.batch_size` was 8 and is 4"
+    ):
         go(copied, changed(4, batch_size=4))
 
 
@@ -242,7 +246,7 @@ def test_another_seed_is_refused(copied: Path, no_work: None) -> None:
 
 
 def test_other_arguments_are_refused(copied: Path, no_work: None) -> None:
-    with pytest.raises(ValueError, match="`args.lr_scheduler_type` was .* is \"constant\""):
+    with pytest.raises(ValueError, match=r'`args.lr_scheduler_type` was .* is "constant"'):
         go(copied, args={**QUIET, "lr_scheduler_type": "constant"})
 
 
@@ -327,7 +331,9 @@ def test_an_interrupted_stage_of_other_settings_is_refused(tmp_path: Path, monke
         patch.setattr(Finetune, "run", interrupted)
         go(tmp_path, recipe)
     assert stage_folders(tmp_path) == [".01-finetune.work"]
-    with pytest.raises(ValueError, match=r"01-finetune\.work holds an interrupted stage .*`stage.batch_size` was 8 and is 4"):
+    with pytest.raises(
+        ValueError, match=r"01-finetune\.work holds an interrupted stage .*`stage.batch_size` was 8 and is 4"
+    ):
         go(tmp_path, Recipe(stages=(Finetune(**{**FAST, "batch_size": 4}),)))
     with pytest.raises(ValueError, match="holds an interrupted stage with other settings: `seed` was 1 and is 2"):
         go(tmp_path, recipe, seed=2)
@@ -369,7 +375,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mount = shutil.which("mount")
-    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], capture_output=True).returncode == 0
+    done = (
+        mount
+        and subprocess.run([mount, "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], capture_output=True).returncode
+        == 0
+    )
     if not done:
         pytest.skip("no file system can be mounted here")
     yield place
@@ -389,7 +399,10 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, save_steps: int) -> None:
         run_recipe(recipe, model, context, Runner(out))
     assert error.value.errno == errno.ENOSPC and "To resolve, free space" in str(error.value)
     assert stage_folders(out) == [".02-finetune.work", "01-depth_reduction"]
-    assert weights_hash(out / "01-depth_reduction") == json.loads((out / "01-depth_reduction" / "stage.json").read_text())["weights_sha256"]
+    assert (
+        weights_hash(out / "01-depth_reduction")
+        == json.loads((out / "01-depth_reduction" / "stage.json").read_text())["weights_sha256"]
+    )
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     run_recipe(recipe, model, context, Runner(out))
     run_recipe(recipe, model, context, Runner(tmp_path / "other"))
@@ -419,32 +432,13 @@ def test_a_file_that_cannot_grow_leaves_no_half_of_a_stage(tmp_path: Path) -> No
 # --------------------------------------------------------------------------------------------------------------------- kill -9
 
 
-class Pause(TrainerCallback):
-    """Stops the training at a step, for ever, and says so in a file."""
-
-    def __init__(self, stage: str, step: int, file: Path):
-        self.stage, self.step, self.file = stage, step, file
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.stage in args.output_dir and state.global_step == self.step:
-            self.file.touch()
-            signal.pause()
-
-
 LONG = {"max_steps": 12, "batch_size": 8, "learning_rate": 1e-3}  # three epochs of 32 rows
 SAVING = {**QUIET, "save_steps": 5}
 
 
 def run_until_pause(out: str, stage: str, step: int, file: str) -> int:
     """In a child: the run, with a pause after a step of a stage."""
-    from smbert.trainer import SmbertTrainer
-
-    class Pausing(SmbertTrainer):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self.add_callback(Pause(stage, step, Path(file)))
-
-    base.SmbertTrainer = Pausing
+    pause_training(stage, step, Path(file))
     go(Path(out), tiny_recipe(**LONG), args=SAVING)
     return 0
 
@@ -490,7 +484,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("stage", "step", "checkpoint"),
     [("01-depth_reduction", 7, 5), ("02-distill", 3, None), ("02-distill", 11, 10), ("04-finetune", 8, 5)],
 )
-def test_killed_inside_a_stage(tmp_path: Path, uninterrupted: Path, stage: str, step: int, checkpoint: int | None) -> None:
+def test_killed_inside_a_stage(
+    tmp_path: Path, uninterrupted: Path, stage: str, step: int, checkpoint: int | None
+) -> None:
     out, signal_file = tmp_path / "out", tmp_path / "paused"
     process = child(run_until_pause, str(out), stage, step, str(signal_file))
     wait_for(signal_file.exists, process)

@@ -136,7 +136,9 @@ def test_a_draw_replaces_its_own_module() -> None:
     expected = {}
     for draws in ((0, 0), (0, 1), (1, 0), (1, 1)):
         mixed = copy.deepcopy(predecessor)
-        chosen = [layer for i, drawn in enumerate(draws) for layer in ([new[i]] if drawn else [old[j] for j in runs[i]])]
+        chosen = [
+            layer for i, drawn in enumerate(draws) for layer in ([new[i]] if drawn else [old[j] for j in runs[i]])
+        ]
         encoder_layers(mixed)._modules.clear()
         encoder_layers(mixed).extend(copy.deepcopy(chosen))
         expected[draws] = answer(mixed, inputs)
@@ -223,7 +225,9 @@ class Watched(nn.Module):
         return self.then(self.calls, loss), terms
 
 
-def train(model: PreTrainedModel, then: Callable[[int, Tensor], Tensor], context: Context, workdir: Path, **stage: Any) -> Any:
+def train(
+    model: PreTrainedModel, then: Callable[[int, Tensor], Tensor], context: Context, workdir: Path, **stage: Any
+) -> Any:
     """Finetune's own training, with an eye on each step."""
     objective: Any = Watched(gold(model), then)
     values = {"batch_size": 8, "learning_rate": 1e-3, "epochs": 1, **stage}
@@ -361,6 +365,11 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
         ran = kill_at(patch, None)
         whole, about = result_of(TRAINED[kind], context, tmp_path / "whole")
         assert ran == list(range(1, 9))
+        ran.clear()  # killed after the last step: nothing is left to be trained
+        again, info = result_of(TRAINED[kind], context, tmp_path / "whole")
+        assert ran == []
+        assert same(weights(again), weights(whole))
+        assert info["optimiser_steps"] == 8
     for killed in (4, 5, 7):
         torch.manual_seed(11)
         with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -161,7 +161,7 @@ class TrainingStage(Stage):
             holder, args, train_dataset=rows, data_collator=context.collator, callbacks=[best] if best else None
         )
         start = time.perf_counter()
-        with training_attention(student), dropout_set_to(student, self.dropout), gradient_checkpointing_ended(student):
+        with training_attention(*holder.differentiated), dropout_set_to(student, self.dropout), gradient_checkpointing_ended(student):
             result = trainer.train(resume_from_checkpoint=last_checkpoint(workdir / "checkpoints"))
         check_finite(student, result.global_step)
         seconds = time.perf_counter() - start
@@ -199,7 +199,10 @@ class BestEpoch(TrainerCallback):
             with safe_open(self.file, framework="pt") as kept:
                 self.best = float(kept.metadata()["metric"])
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
+        # Not on_epoch_end, before which the last step of the epoch is saved: a run killed between the two would miss this epoch.
+        if state.epoch % 1 and state.global_step < state.max_steps:
+            return
         training = self.student.training
         metrics = self.context.evaluate(self.student.eval(), self.task)
         self.student.train(training)

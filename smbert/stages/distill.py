@@ -99,7 +99,7 @@ class Distill(TrainingStage):
                     "To resolve, use the relation objective, or put this stage before the pruning."
                 )
             objectives = tuple(o for o in objectives if not isinstance(o, AttentionObjective | RelationObjective))
-        if objectives:
+        if objectives or not self.objectives:
             build_objectives(objectives, after.structure, teacher.structure, context.data_for(self.task).task.kind)
         return after
 

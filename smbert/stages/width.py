@@ -17,9 +17,10 @@ from .._sizes import Size, parse, round_up
 from ..allocate import Budget, plan_for
 from ..context import Context, device_of_run, on_device
 from ..importance import SCORERS, score, sum_over_ranks
-from ..measure import count_parameters
+from ..measure import count_parameters, supports_bf16
 from ..processes import process_state
 from ..surgery import Structure, keep_units, structure_of
+from ..trainer import training_attention
 from .base import Outline, Stage, as_text, known_task
 
 
@@ -106,7 +107,14 @@ class WidthPruning(Stage):
         rows = data.train.shuffle(seed=context.seed).select(range(min(self.samples, len(data.train))))
         original = model = on_device(model)
         for step in range(1, self.iterations + 1):
-            scores = score(model, self._batches(rows, context), self.scorer, reduce=sum_over_ranks)
+            with training_attention(model):
+                scores = score(
+                    model,
+                    self._batches(rows, context),
+                    self.scorer,
+                    autocast=torch.bfloat16 if supports_bf16() else None,
+                    reduce=sum_over_ranks,
+                )
             budget = Budget(**self._limits()).between(original, step / self.iterations)
             model = keep_units(model, plan_for(model, scores, budget))
         return model, {"scored_rows": len(rows), "pruning_seconds": round(time.perf_counter() - start, 1)}

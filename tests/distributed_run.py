@@ -1,0 +1,76 @@
+"""What each process of tests/test_distributed.py runs: compress() with all four kinds of stages. Arguments: MODEL OUT."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from run_helpers import QUIET, splits, tiny_recipe
+from transformers import AutoModelForSequenceClassification
+
+import smbert
+from smbert.processes import process_state
+from smbert.teacher import model_fingerprint
+from smbert.trainer import SmbertTrainer
+
+
+def main(model: str, out: str) -> None:
+    state = process_state()
+    assert state.num_processes == 2 and dist.get_world_size() == 2 and dist.get_backend() == "gloo"
+    scored, plans, trained = [], [], []
+    batches: list[list[str]] = []
+    width: Any = sys.modules["smbert.stages.width"]
+    score, keep_units = width.score, width.keep_units
+
+    def spy_score(model, batches, *args, **kwargs):
+        scored.append(sum(len(batch["input_ids"]) for batch in batches))
+        return score(model, batches, *args, **kwargs)
+
+    def spy_plan(model, plan):
+        plans.append(plan.to_dict())
+        return keep_units(model, plan)
+
+    def spy_run(run):
+        def spied(*args):
+            result, info = run(*args)
+            trained.append(model_fingerprint(result))
+            return result, info
+
+        return spied
+
+    def spy_loss(self, model, inputs, *args, **kwargs):
+        batches.append([str(row[row > 0].tolist()) for row in inputs["input_ids"]])
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    compute_loss = SmbertTrainer.compute_loss
+    SmbertTrainer.compute_loss = spy_loss  # type: ignore[method-assign]
+    # What a rank has before the main process's files are read by all.
+    width.score, width.keep_units = spy_score, spy_plan
+    for stage in smbert.STAGES.values():
+        stage.run = spy_run(stage.run)  # type: ignore[method-assign]
+    sys.modules["smbert.compress"].SHAPES = ((1, 16),)  # type: ignore[attr-defined]
+    data = splits()
+    runs = []
+    for _ in range(2):  # the second is a resumed one
+        result = smbert.compress(
+            model, tiny_recipe(), train_dataset=data["train"], eval_dataset=data["validation"], output_dir=out, args=QUIET, baseline=False
+        )  # fmt: skip
+        runs.append(model_fingerprint(result.model))
+    loaded = AutoModelForSequenceClassification.from_pretrained(result.model_dir)
+    about = {
+        "runs": runs,
+        "loaded": model_fingerprint(loaded),
+        "rows_scored": scored,
+        "plans": plans,
+        "trained": trained,
+        "batches": batches,
+    }
+    (Path(out) / f"rank{state.process_index}.json").write_text(json.dumps(about))
+    state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

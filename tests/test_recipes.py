@@ -1,0 +1,141 @@
+"""The recipes that ship with smbert parse, fit the models they are for, and run as a user would run them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from run_helpers import raw_checkpoint, splits, stage_folders, tiny_context
+from tiny_models import tiny
+from transformers import AutoModelForSequenceClassification
+
+from smbert.recipe import Recipe
+from smbert.stages import Distill, Outline, WidthPruning
+from smbert.surgery import structure_of
+from smbert.teacher import freeze
+from smbert.trainer import SmbertTrainer
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+YAML = sorted(RECIPES.glob("*.yaml"))
+
+
+def script(name: str) -> ModuleType:
+    """A recipe's module, by its path: recipes/smbert.py must not hide the package."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_recipes_are_tested() -> None:
+    assert {p.stem for p in YAML} >= {"smbert", "demo", "two_cores"}
+    assert {p.stem for p in RECIPES.glob("*.py")} == {"smbert", "custom_checkpoint"}
+
+
+@pytest.mark.parametrize("file", YAML, ids=lambda p: p.stem)
+def test_yaml_and_python_are_the_same_recipe(file: Path) -> None:
+    recipe = Recipe.from_yaml(file)
+    assert Recipe.named(file.stem) == recipe
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert recipe.name and len(recipe.stages) >= 4
+
+
+@pytest.mark.parametrize("file", YAML, ids=lambda p: p.stem)
+@pytest.mark.parametrize("layers", [6, 12])
+def test_recipes_fit_the_depths_that_they_are_for(file: Path, layers: int, tmp_path: Path) -> None:
+    model = tiny("bert", layers=layers, max_position_embeddings=132, hidden_size=48, num_attention_heads=12)
+    recipe = Recipe.from_yaml(file)
+    context = tiny_context(tmp_path, teacher=freeze(model))
+    after = recipe.check(Outline(structure_of(model)), context)
+    kept = {6: {"smbert": 2, "demo": 2, "two_cores": 2}, 12: {"smbert": 3, "demo": 4, "two_cores": 3}}[layers]
+    if file.stem in kept:
+        assert len(after.structure.layer_widths) == kept[file.stem]
+        assert set(after.structure.layer_widths) == {(8, 48)}  # 2/3 of 12 heads, 2/3 of 64 neurons rounded up to 8
+
+
+def test_the_paper_has_its_numbers() -> None:
+    one, two, distill, width, recovery = Recipe.named("smbert").stages
+    assert (one.base, one.slope, one.learning_rate, one.epochs) == (0.3, 0.0006, 1e-5, 15)  # type: ignore[attr-defined]
+    assert (two.base, two.slope, two.learning_rate, two.epochs) == (0.4, 0.0008, 1e-5, 15)  # type: ignore[attr-defined]
+    assert isinstance(distill, Distill) and isinstance(recovery, Distill)
+    assert [(o.kind, o.weight) for o in distill.objectives] == [("logits", 5.0), ("hidden", 2.0), ("attention", 1.0)]
+    assert isinstance(width, WidthPruning) and (width.heads, width.ffn) == ("2/3", "2/3")
+
+
+def run_script(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "100"}
+    )
+
+
+def test_the_script_explains_itself() -> None:
+    done = run_script(str(RECIPES / "smbert.py"), "--help")
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "usage: smbert.py",
+        "WHY these steps",
+        "--demo",
+        "--data-dir",
+        "--intermediate",
+        "distill.epochs=5",
+        "relation_heads",
+    ):
+        assert word in done.stdout, word
+
+
+def test_the_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = raw_checkpoint(tmp_path / "model"), splits()
+    for name in ("train", "validation"):
+        data[name].to_csv(tmp_path / f"{name}.csv", index=False)
+    monkeypatch.setattr(sys.modules["smbert.compress"], "SHAPES", ((1, 16),))
+    out = tmp_path / "out"
+    short = [f"{kind}.max_steps=1" for kind in ("teacher", "depth_reduction", "distill")]
+    argv = [
+        "--model", str(model), "--train-file", str(tmp_path / "train.csv"), "--validation-file", str(tmp_path / "validation.csv"),
+        "--text-columns", "text", "--label-column", "label", "--output-dir", str(out), "--disable-tqdm", "--no-baseline",
+        *(word for change in [*short, "width_pruning.samples=8"] for word in ("--set", change)),
+    ]  # fmt: skip
+    assert script("smbert").recipe_main("smbert", argv) == 0
+    assert "smbert" in capsys.readouterr().out
+    assert stage_folders(out)[0] == "00-teacher" and len(stage_folders(out)) == 6
+    small = AutoModelForSequenceClassification.from_pretrained(out / "model")
+    assert structure_of(small).layer_widths == ((3, 48),)
+
+
+def test_a_checkpoint_and_a_csv_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = raw_checkpoint(tmp_path / "model"), splits()
+    for name in ("train", "validation"):
+        data[name].to_csv(tmp_path / f"{name}.csv", index=False)
+    compress = sys.modules["smbert.compress"]
+    monkeypatch.setattr(compress, "SHAPES", ((1, 16),))
+    monkeypatch.setattr("smbert.report.draw", lambda rows: b"plot")
+    monkeypatch.setattr(compress, "latency", partial(compress.latency, warmup=1, min_runs=5))
+    # Speed is measured; a tiny model on a busy machine would make the test a matter of luck.
+    monkeypatch.setattr(compress, "sizes_for", lambda goal, model: compress.Sizes(1, 2, 32))
+    train = SmbertTrainer.train
+
+    def two_steps(self: SmbertTrainer, **kwargs: object) -> object:
+        self.args.max_steps = 2
+        return train(self, **kwargs)
+
+    monkeypatch.setattr(SmbertTrainer, "train", two_steps)
+    out = tmp_path / "out"
+    script("custom_checkpoint").main(
+        str(model), str(tmp_path / "train.csv"), str(tmp_path / "validation.csv"), str(out)
+    )
+    shown = capsys.readouterr().out
+    assert "| smbert" in shown and "target met: " in shown and str(out / "model") in shown
+    small = AutoModelForSequenceClassification.from_pretrained(out / "model")
+    assert structure_of(small).layer_widths == ((2, 32),)
+    assert len((RECIPES / "custom_checkpoint.py").read_text().splitlines()) < 45
+    done = run_script(str(RECIPES / "custom_checkpoint.py"))
+    assert done.returncode == 1 and "custom_checkpoint.py MODEL" in done.stderr
