@@ -230,6 +230,16 @@ def test_evaluate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 <= float(found["custom validation accuracy"]) <= 1
 
 
+def test_evaluate_on_a_glue_task_from_a_folder(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    rows = splits()["validation"].rename_column("text", "sentence")
+    rows.to_parquet(tmp_path / "glue" / "sst2" / "validation.parquet")
+    flags = ["--task", "sst2", "--data-dir"]
+    assert main(["evaluate", str(place / "model"), *flags, str(tmp_path / "glue")]) == 0
+    assert re.search(r"^sst2 validation accuracy [01]\.\d{4}$", capsys.readouterr().out, re.MULTILINE)
+    assert "sst2" in fails(capsys, "evaluate", place / "model", "--task", "mrpc", "--data-dir", tmp_path / "glue")
+
+
 def test_evaluate_refuses_what_has_nothing_to_say(
     place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -267,9 +267,9 @@ def test_draws_and_rates_are_logged(context: Context, tmp_path: Path) -> None:
     # Two steps of two modules each.
     assert set(log_of(info, "replaced")) <= {0.0, 0.25, 0.5, 0.75, 1.0}
     assert info["final_replacing_rate"] == pytest.approx(0.28)
-    for base, share in ((0.0, 0.0), (1.0, 1.0)):
-        _, info = replace(stage, base=base, slope=0.0).run(tiny("bert"), context, tmp_path / str(base))
-        assert log_of(info, "replaced") == [share] * 4
+    # A rate of 0 at step 0 and of 1 from then on.
+    _, info = replace(stage, base=0.0, slope=1.0).run(tiny("bert"), context, tmp_path / "steep")
+    assert log_of(info, "replaced") == [0.5, 1.0, 1.0, 1.0]
 
 
 def test_nothing_is_learned_where_no_successor_is_drawn(context: Context, tmp_path: Path) -> None:

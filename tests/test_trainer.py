@@ -251,9 +251,13 @@ def test_a_nan_loss_stops_with_its_step_and_keeps_the_last_checkpoint(context: C
     assert train(model, lambda _call, loss: loss, saving(context, 2), tmp_path)["optimiser_steps"] == 8
 
 
-@pytest.mark.parametrize(("broken", "save_steps", "reported"), [(4, 2, 4), (8, 3, 8)], ids=["at a save", "at the end"])
+@pytest.mark.parametrize(
+    ("broken", "save_steps", "args", "kept"),
+    [(4, 2, {}, "checkpoint-2"), (8, 3, {}, "checkpoint-6"), (8, 3, {"save_strategy": "no"}, None)],
+    ids=["at a save", "at the end", "without saves"],
+)
 def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(
-    context: Context, tmp_path: Path, broken: int, save_steps: int, reported: int
+    context: Context, tmp_path: Path, broken: int, save_steps: int, args: dict[str, Any], kept: str | None
 ) -> None:
     model = tiny("bert", layers=2)
 
@@ -262,11 +266,12 @@ def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(
             loss.register_hook(lambda g: g * float("nan"))
         return loss
 
-    with pytest.raises(TrainingDiverged, match=f"weights are not finite after step {reported} "):
-        train(model, then, saving(context, save_steps), tmp_path)
-    kept = last_checkpoint(tmp_path / "checkpoints")
-    assert kept is not None
-    assert all(t.isfinite().all() for t in load_file(f"{kept}/model.safetensors").values())
+    with pytest.raises(TrainingDiverged, match=f"weights are not finite after step {broken} "):
+        train(model, then, saving(context, save_steps, **args), tmp_path)
+    found = last_checkpoint(tmp_path / "checkpoints")
+    assert found == (kept and str(tmp_path / "checkpoints" / kept))
+    if found is not None:
+        assert all(t.isfinite().all() for t in load_file(f"{found}/model.safetensors").values())
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["done", "raised"])
