@@ -236,9 +236,8 @@ class SmbertTrainer(Trainer):
         return LengthGroups(lengths, rows_per_step, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        check_finite(
-            self.accelerator.unwrap_model(self.model), self.state.global_step
-        )  # the one before it is deleted for it
+        # The checkpoint before it is deleted once it is there.
+        check_finite(self.accelerator.unwrap_model(self.model), self.state.global_step)
         super()._save_checkpoint(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
