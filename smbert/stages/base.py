@@ -161,7 +161,11 @@ class TrainingStage(Stage):
             holder, args, train_dataset=rows, data_collator=context.collator, callbacks=[best] if best else None
         )
         start = time.perf_counter()
-        with training_attention(*holder.differentiated), dropout_set_to(student, self.dropout), gradient_checkpointing_ended(student):
+        with (
+            training_attention(*holder.differentiated),
+            dropout_set_to(student, self.dropout),
+            gradient_checkpointing_ended(student),
+        ):
             result = trainer.train(resume_from_checkpoint=last_checkpoint(workdir / "checkpoints"))
         check_finite(student, result.global_step)
         seconds = time.perf_counter() - start
