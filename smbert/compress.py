@@ -149,8 +149,7 @@ def compress(
     if finetuned:
         check_labels(student, spec)
     else:
-        # A copy, because the head's labels are written into the config of what may be the caller's own object.
-        student = with_head(copy.deepcopy(student), spec, fresh=new_head)
+        student = with_head(student, spec, fresh=new_head)
     master = teacher
     if master is not None:
         if not is_finetuned(master):

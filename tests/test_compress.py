@@ -698,6 +698,15 @@ def test_a_refused_run_costs_nothing_that_is_there(tuned: Path, tmp_path: Path) 
     assert model_fingerprint(second.model) != model_fingerprint(first.model)
 
 
+def test_another_recipe_is_refused_before_the_teacher_is_made(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(raw, out, SHORT)
+    shutil.rmtree(out / "00-teacher")
+    with pytest.raises(ValueError, match=r"02-distill was made with other settings: `stage.max_steps` was 2 and is 3"):
+        run(raw, out, replace(SHORT, stages=(SHORT.stages[0], replace(SHORT.stages[1], max_steps=3))))  # type: ignore[call-arg]
+    assert stage_folders(out) == ["01-depth_reduction", "02-distill"]
+
+
 def test_everything_that_the_package_names_is_there() -> None:
     assert all(hasattr(smbert, name) for name in smbert.__all__)
     assert AutoModel is not None

@@ -86,9 +86,10 @@ def outline_of(model: Any) -> Outline:
 def test_the_values_of_the_round_trip_are_no_defaults() -> None:
     assert STAGE_VALUES.keys() == STAGES.keys()
     assert {type(o) for o in OBJECTIVE_VALUES} == set(OBJECTIVES.values())
-    for examples in [*STAGE_VALUES.values(), *([o] for o in OBJECTIVE_VALUES)]:
-        for f in fields(examples[0]):  # type: ignore[arg-type]
-            default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+    groups: list[list[Any]] = [*STAGE_VALUES.values(), *([o] for o in OBJECTIVE_VALUES)]
+    for examples in groups:
+        for f in fields(examples[0]):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
             assert any(getattr(e, f.name) != default for e in examples), f"{type(examples[0]).__name__}.{f.name}"
 
 

@@ -29,6 +29,7 @@ from run_helpers import (
     same_weights,
     splits,
     stage_folders,
+    state_of,
     tiny_context,
     tiny_recipe,
     wait_for,
@@ -37,12 +38,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from smbert.context import Context
+from smbert.context import Context, TaskData
 from smbert.inputs import tokenised
 from smbert.recipe import Recipe
 from smbert.runner import Runner, run_recipe, stage_inputs, weights_hash
 from smbert.stages import DepthReduction, Distill, Finetune, WidthPruning
 from smbert.surgery import structure_of
+from smbert.tasks import Task
 from smbert.teacher import freeze, model_fingerprint
 
 NAMES = ["01-depth_reduction", "02-distill", "03-width_pruning", "04-finetune"]
@@ -166,6 +168,20 @@ def test_a_deleted_stage_is_made_again_and_the_same(copied: Path, finished: Path
     shutil.rmtree(copied / NAMES[1])
     go(copied)
     assert all(same_weights(copied / name, finished / name) for name in NAMES)
+
+
+def test_a_fresh_head_is_the_same_after_a_resume(tmp_path: Path) -> None:
+    """It is drawn at random, and a resumed run has drawn less before."""
+    model, context = start(tmp_path)
+    task = Task("three", ("text",), label_names=("a", "b", "c"))
+    rows = context.data.train.map(lambda row, i: {"labels": i % 3}, with_indices=True)
+    context = replace(context, other={"three": TaskData(task, rows, rows)})
+    recipe = Recipe(stages=(Finetune(**FAST), Finetune(task="three", **{**FAST, "max_steps": 3})))
+    run_recipe(recipe, model, context, Runner(tmp_path))
+    shutil.move(tmp_path / "02-finetune", tmp_path / "first")
+    run_recipe(recipe, model, context, Runner(tmp_path))
+    assert state_of(tmp_path / "first")["classifier.weight"].shape == (3, 32)
+    assert same_weights(tmp_path / "first", tmp_path / "02-finetune")
 
 
 def test_shown_and_kept_things_do_not_count_as_changes(copied: Path, no_work: None) -> None:
@@ -392,8 +408,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, save_steps: int) -> None:
     out = small_disk / "out"
     args = {**QUIET, "save_steps": save_steps, "save_strategy": "steps" if save_steps == 1 else "no"}
     model, context = start(tmp_path, args=args)
-    if save_steps != 1:
-        (small_disk / "other").write_bytes(bytes(330_000))
+    (small_disk / "other").write_bytes(bytes(120_000 if save_steps == 1 else 330_000))
     with pytest.raises(OSError, match=r"the disk is full; stage 02-finetune is not finished") as error:
         # A model takes 0.1 MB. With a checkpoint (the optimiser's state is twice as large), or beside the other file, two are too many.
         run_recipe(recipe, model, context, Runner(out))

@@ -474,7 +474,7 @@ def test_another_checkpoint_can_be_the_student(context: Context, teacher: PreTra
 
 # --- fine-tuning -------------------------------------------------------------------------------------------------------
 
-STILL = {"max_steps": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "batch_size": 8}
+STILL: dict[str, Any] = {"max_steps": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "batch_size": 8}
 
 
 def test_another_label_set_gets_a_fresh_head_on_the_same_encoder(

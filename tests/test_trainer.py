@@ -430,7 +430,7 @@ def test_accumulated_gradients_equal_those_of_the_larger_batch(context: Context,
         model, info = stage.run(tiny("bert"), replace(context, args=args), tmp_path / str(parts))
         assert info["optimiser_steps"] == 4
         found.append(answer(model, inputs))
-    assert torch.allclose(*found, rtol=0, atol=1e-5)
+    assert torch.allclose(found[0], found[1], rtol=0, atol=1e-5)
     assert not torch.allclose(found[0], answer(tiny("bert"), inputs), rtol=0, atol=1e-3)
 
 
