@@ -39,7 +39,7 @@ class Context:
         pool: tokenised text without labels that `Distill` soft-labels, or None.
         teacher: the frozen teacher of the target task; None before it exists.
         args: `TrainingArguments` fields that the user set for every training stage.
-        seed: of every random choice; stage i uses seed + i.
+        seed: of every random choice.
         cache_dir: teacher logits and other reusable intermediate results.
         results: folders of the stages that are done, by their folder name such as "01-finetune".
         compute_metrics: replaces the task's own metrics; (logits, labels) -> {name: value}, the headline first.

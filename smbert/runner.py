@@ -33,7 +33,7 @@ from .context import Context
 from .modeling import layer_widths
 from .processes import process_state
 from .recipe import Recipe
-from .stages import Stage
+from .stages import Distill, Stage, TrainingStage
 from .teacher import dataset_fingerprint, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -233,10 +233,16 @@ def stage_inputs(stage: Stage, model: PreTrainedModel, context: Context) -> dict
         "data": dataset_fingerprint(data.train),
         "args": {k: v for k, v in sorted(context.args.items()) if k not in IRRELEVANT_ARGS},
     }
-    if stage.kind == "distill":
-        if getattr(stage, "teacher", None) == "teacher" and context.teacher is not None:
+    if isinstance(stage, TrainingStage) and stage.keep_best:
+        out["validation"] = dataset_fingerprint(data.validation)
+    if isinstance(stage, Distill):
+        if stage.teacher == "teacher" and context.teacher is not None:
             out["teacher"] = model_fingerprint(context.teacher)
-        if context.pool is not None:
+        elif (place := Path(context.results.get(stage.teacher, stage.teacher))).is_dir():
+            out["teacher"] = weights_hash(place)
+        if stage.student is not None and Path(stage.student).is_dir():
+            out["student"] = weights_hash(Path(stage.student))
+        if context.pool is not None and stage.data != "task":
             out["pool"] = dataset_fingerprint(context.pool)
     return out
 
@@ -341,7 +347,7 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         return out
     if old == new:
         return []
-    if where in ("model", "data", "teacher", "pool"):
+    if where in ("model", "data", "validation", "teacher", "student", "pool"):
         return [f"the {where} is another one"]
     return [f"`{where}` was {json.dumps(old)} and is {json.dumps(new)}"]
 

@@ -197,6 +197,8 @@ def test_what_diverges_is_no_traceback(
 
 def interrupted_run(argv: list[str], file: str) -> int:
     """In a child: the command, which waits for ever after a step and says so in a file."""
+    # Shells start background jobs with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pause_training("", 1, Path(file))
     sys.argv = ["/usr/bin/smbert", *argv]
     sys.stderr = open(file + ".err", "w", buffering=1)  # noqa: SIM115
