@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
@@ -13,3 +16,15 @@ def process_state() -> PartialState:
     of a CPU launch takes itself for the main one.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def use_cores(threads: int | None = None) -> None:
+    """Give torch its CPU threads: as many as asked for, else all cores where `accelerate launch` has left it one.
+
+    Where nothing is set, `accelerate launch` sets OMP_NUM_THREADS=1, also for a single process: one core would work.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if threads is None and launched and process_state().num_processes == 1:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if threads is not None:
+        torch.set_num_threads(threads)

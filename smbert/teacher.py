@@ -140,7 +140,9 @@ def predict_logits(
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            for start in tqdm(range(0, len(order), batch_size), desc="logits", unit="batch", disable=disable_tqdm):
+            for start in tqdm(
+                range(0, len(order), batch_size), desc="logits", unit="batch", leave=False, disable=disable_tqdm
+            ):
                 chosen = order[start : start + batch_size]
                 columnwise = rows[chosen.tolist()]
                 batch = collator([dict(zip(columnwise, row)) for row in zip(*columnwise.values())])
