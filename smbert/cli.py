@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument(
         "--shapes", default="1x128,32x128", help="batch x length, comma separated (default: %(default)s)"
     )
-    bench.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+    bench.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     bench.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     bench.set_defaults(run=run_bench)
     look = commands.add_parser("inspect", help="draw a checkpoint's structure")
@@ -102,14 +102,6 @@ def command_line() -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------------ flags
-
-
-def positive(text: str) -> int:
-    """A number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +161,7 @@ def add_compress_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     group.add_argument(
         "--arg", action="append", default=[], metavar="NAME=VALUE", help="a TrainingArguments field, such as bf16=false"
     )
-    group.add_argument("--threads", type=positive, help="CPU threads (default: all cores, over all processes)")
+    group.add_argument("--threads", type=int, help="CPU threads (default: all cores, over all processes)")
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bars")
     parser.set_defaults(run=run_compress)
 

@@ -22,9 +22,14 @@ def use_cores(threads: int | None = None) -> None:
     """Give torch its CPU threads: as many as asked for, else all cores where `accelerate launch` has left it one.
 
     Where nothing is set, `accelerate launch` sets OMP_NUM_THREADS=1, also for a single process: one core would work.
+
+    Raises:
+        ValueError: fewer than one thread.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if threads is None and launched and process_state().num_processes == 1:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if threads is not None and threads < 1:
+        raise ValueError(f"`threads` must be at least 1, got {threads}. To resolve, correct it, or leave it out.")
     if threads is not None:
         torch.set_num_threads(threads)
