@@ -29,10 +29,13 @@ from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from smbert.checkpoints import load_model
 from smbert.cli import guarded, pairs
+from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of, undistilled
 from smbert.context import Context
 from smbert.heads import with_head
 from smbert.inputs import as_recipe, tokenised
+from smbert.measure import environment
 from smbert.recipe import Recipe
+from smbert.report import Report, Row
 from smbert.runner import Runner, run_recipe, write_json
 from smbert.stages import Outline, TrainingStage
 from smbert.surgery import structure_of
@@ -85,8 +88,6 @@ def run(args: argparse.Namespace) -> None:
     cells: list[dict[str, Any]] = []
     for seed in seeds:
         for name in tasks:
-            from smbert.measure import environment
-
             file = out / "cells" / f"{name}-{seed}.json"
             if not file.is_file():
                 if args.intermediate and encoder is None:
@@ -103,8 +104,6 @@ def run(args: argparse.Namespace) -> None:
                 )
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, {"command": command, "environment": environment(), "rows": rows})
-            from smbert.report import Report, Row
-
             cells.append(json.loads(file.read_text(encoding="utf-8")))
             report = Report(command=command, environment=cells[-1]["environment"])
             for row in [Row.from_dict(row) for c in cells for row in c["rows"]]:
@@ -149,8 +148,6 @@ def cell(
     tuned: PreTrainedModel | None,
 ) -> list[dict[str, Any]]:
     """All rows of one task and seed."""
-    from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of, undistilled
-
     task, data = load_task(name, args.data_dir)
     recipe = limited(recipe, args.max_train_samples)
     context = Context(data=tokenised(task, data, common["tokenizer"], recipe.max_length), seed=seed, **common)

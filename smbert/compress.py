@@ -150,16 +150,18 @@ def compress(
         check_labels(student, spec)
     else:
         student = with_head(student, spec, fresh=new_head)
-    master = teacher
-    if master is not None:
-        if not is_finetuned(master):
+    master: PreTrainedModel | None = None
+    if teacher is not None:
+        if not is_finetuned(teacher):
             raise ValueError(
                 f"`teacher` must be fine-tuned on {spec.name!r}, and has no classification head. To resolve, pass a fine-tuned one, "
                 "or leave it out, so that the model itself is fine-tuned."
             )
-        master = (
-            master if isinstance(master, PreTrainedModel) else load_model(master, trust_remote_code=trust_remote_code)
-        )
+        if isinstance(teacher, PreTrainedModel):
+            # A copy, because a teacher is frozen and moved to the device of the run.
+            master = copy.deepcopy(teacher)
+        else:
+            master = load_model(teacher, trust_remote_code=trust_remote_code)
         check_labels(master, spec)
     runner = Runner(output_dir, resume)
     with process_state().main_process_first():

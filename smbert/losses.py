@@ -10,6 +10,8 @@ MiniLMv2 2021 (relation).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,15 +19,16 @@ from torch import Tensor, nn
 from .features import Features
 
 
-class Loss(nn.Module):
+class Loss(nn.Module, ABC):
     """Base of the losses: float32 whatever the autocast, and a clear error where the two models cannot be compared."""
 
     def forward(self, student: Features, teacher: Features, labels: Tensor | None = None) -> Tensor:
         with torch.autocast(student.mask.device.type, enabled=False):
             return self.compute(student, teacher, labels)
 
+    @abstractmethod
     def compute(self, student: Features, teacher: Features, labels: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The loss of one batch, a float32 scalar."""
 
 
 def _pick(student: Features, teacher: Features, what: str, pair: tuple[int, int]) -> tuple[Tensor, Tensor]:

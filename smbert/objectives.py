@@ -12,6 +12,7 @@ mix of them against the two models and returns one module that owns whatever the
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -101,7 +102,7 @@ def layer_pairs(layer_map: str | Sequence[Sequence[int]], n_student: int, n_teac
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(ABC):
     """One term of the distillation loss: configuration only.
 
     Attributes:
@@ -117,13 +118,13 @@ class Objective:
         object.__setattr__(self, "name", self.name or self.kind)
         _check_positive("weight", self.weight)
 
+    @abstractmethod
     def build(self, student: Structure, teacher: Structure, kind: str = "single_label") -> Loss:
         """The loss for two models and a task kind of `KINDS`. Raises ValueError if the models do not go together."""
-        raise NotImplementedError
 
+    @abstractmethod
     def needs(self, student: Structure, teacher: Structure) -> Needs:
         """What has to be captured for it."""
-        raise NotImplementedError
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -124,7 +124,6 @@ class Distill(TrainingStage):
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         data = context.data_for(self.task)
-
         teacher = self._teacher(context)
         student = on_device(with_head(load_model(self.student) if self.student else copy.deepcopy(model), data.task))
         objective = build_objectives(self.objectives, structure_of(student), structure_of(teacher), data.task.kind)
