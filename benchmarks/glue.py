@@ -7,10 +7,12 @@ WHY the rows: SmBERT's encoder has seen the intermediate task, and the plain tea
 task is the fair control, and the same shape without distillation tells what the distillation is worth.
 
  1. Once: the chain runs on the intermediate task (fine-tune, halve the depth twice, distill, prune, recover).
- 2. Per task and seed (a cell): the teacher is fine-tuned, the compressed encoder learns from it, the controls are trained.
+ 2. Per task and seed (a cell): the teacher is fine-tuned, the compressed encoder learns from it, the controls are trained. With
+    --pool-samples the student sees texts of the intermediate task besides its own, soft-labelled by the task's teacher.
  3. All models of a cell are scored on the validation split and timed in turns in one process.
 
-Each stage and each cell is skipped when it is done already: kill it at any time and run the same command again.
+Each stage and each cell is skipped when it is done already: kill it at any time and run the same command again. The report holds
+every cell in the folder, so that tasks with more seeds than others are a second command with the same --output.
 """
 
 from __future__ import annotations
@@ -63,6 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--max-train-samples", type=int, help="a fixed random subset of each task's training rows")
     parser.add_argument("--intermediate-samples", type=int, help="the same for the intermediate task")
+    parser.add_argument(
+        "--intermediate-epochs", type=float, help="of the teacher on the intermediate task (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--pool-samples",
+        type=int,
+        help="where the student's own rows are fewer, fill up with pairs of the intermediate task, without labels",
+    )
     parser.add_argument("--output", required=True, help="folder for stages, cells and the report")
     parser.add_argument("--disable-tqdm", action="store_true")
     parser.set_defaults(run=run)
@@ -75,6 +85,10 @@ def run(args: argparse.Namespace) -> None:
     recipe = as_recipe(args.recipe)
     if changes := pairs(args.changes, "--set"):
         recipe = recipe.override(changes)
+    if args.pool_samples and not args.intermediate:
+        raise ValueError(
+            f"--pool-samples {args.pool_samples} needs texts of an intermediate task. To resolve, give --intermediate."
+        )
     tasks, seeds = args.tasks.split(","), [int(s) for s in args.seeds.split(",")]
     controls = seeds if args.control_seeds is None else [int(s) for s in args.control_seeds.split(",") if s]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -85,7 +99,6 @@ def run(args: argparse.Namespace) -> None:
     }
     encoder = tuned = None
     command = "python benchmarks/glue.py " + " ".join(sys.argv[1:])
-    cells: list[dict[str, Any]] = []
     for seed in seeds:
         for name in tasks:
             file = out / "cells" / f"{name}-{seed}.json"
@@ -104,12 +117,18 @@ def run(args: argparse.Namespace) -> None:
                 )
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, {"command": command, "environment": environment(), "rows": rows})
-            cells.append(json.loads(file.read_text(encoding="utf-8")))
-            report = Report(command=command, environment=cells[-1]["environment"])
-            for row in [Row.from_dict(row) for c in cells for row in c["rows"]]:
-                report.add(row)
-            report.write(out)
+            report = report_of(out, command)
     print(report.markdown())
+
+
+def report_of(out: Path, command: str) -> Report:
+    """The report of all cells in the folder, written there."""
+    cells = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "cells").glob("*.json"))]
+    report = Report(command=command, environment=cells[-1]["environment"])
+    for row in [Row.from_dict(row) for cell in cells for row in cell["rows"]]:
+        report.add(row)
+    report.write(out)
+    return report
 
 
 def limited(recipe: Recipe, samples: int | None) -> Recipe:
@@ -126,7 +145,10 @@ def compressed_encoder(
     """The checkpoint fine-tuned on the intermediate task, and its compressed form; made once, with seed 0."""
     task, data = load_task(args.intermediate, args.data_dir)
     context = Context(data=tokenised(task, data, common["tokenizer"], recipe.max_length), seed=0, **common)
-    chain = limited(recipe, args.intermediate_samples).through(task.name)
+    chain = limited(recipe, args.intermediate_samples)
+    if args.intermediate_epochs is not None:
+        chain = replace(chain, teacher=replace(chain.teacher, epochs=args.intermediate_epochs))
+    chain = chain.through(task.name)
     # The intermediate task is the target here, and the last stage of the chain belongs to the cells.
     chain = replace(chain, stages=tuple(replace(s, task=None) for s in chain.stages[:-1]))
     set_seed(0)
@@ -135,6 +157,20 @@ def compressed_encoder(
     runner = Runner(folder)
     small, _ = run_recipe(chain, model, context, runner)
     return load_model(folder / chain.folder_names[0]), small
+
+
+def with_pool(args: argparse.Namespace, recipe: Recipe, context: Context) -> tuple[Recipe, Context]:
+    """The student's rows filled up with texts of the intermediate task, where both are pairs."""
+    task, data = load_task(args.intermediate, args.data_dir)
+    own = context.data.train
+    if args.max_train_samples is not None and args.max_train_samples < len(own):
+        own = own.shuffle(seed=context.seed).select(range(args.max_train_samples))  # the rows that the teacher saw
+    missing = args.pool_samples - len(own)
+    if missing <= 0 or len(task.text_columns) != len(context.data.task.text_columns):
+        return recipe, context
+    pool = tokenised(task, data, context.tokenizer, recipe.max_length).train.shuffle(seed=context.seed)
+    filled = replace(context, data=replace(context.data, train=own), pool=pool.select(range(min(missing, len(pool)))))
+    return limited(recipe, len(own) + missing), filled
 
 
 def cell(
@@ -166,6 +202,8 @@ def cell(
     if encoder is not None:
         set_seed(seed)
         chain, start = replace(recipe, stages=recipe.stages[-1:]), with_head(copy.deepcopy(encoder), task)
+    if args.pool_samples:
+        chain, taught = with_pool(args, chain, taught)
     small, records = run_recipe(chain, start, taught, Runner(folder / "smbert"))
     models[STUDENT], seconds[STUDENT] = small, sum(r["seconds"] for r in records)
     twin, records = run_recipe(undistilled(recipe, small), raw, context, Runner(folder / "undistilled"))

@@ -194,7 +194,18 @@ def compress(
             seconds[TEACHER] = record["seconds"]
     begin = copy.deepcopy(master) if from_teacher else student
     context = replace(context, teacher=freeze(master), results={"00-teacher": runner.output_dir / "00-teacher"})
-    small, records = run_recipe(chain, begin, context, runner)
+    report = Report(command=command or "smbert.compress(...)", environment=environment())
+    # A finished run that is started again keeps its report until the new one is there.
+    begun_anew = not (runner.output_dir / chain.folder_names[-1]).is_dir()
+
+    def so_far(records: list[dict[str, Any]]) -> None:
+        report.stages = [stage_summary(record) for record in records]
+        report.notes = [f"Not finished: {len(records)} of {len(chain.stages)} stages are done, nothing is timed yet."]
+        if begun_anew:
+            report.write(runner.output_dir)
+
+    small, records = run_recipe(chain, begin, context, runner, so_far)
+    report.notes = []
     models = {TEACHER: master, STUDENT: small}
     seconds[STUDENT] = sum(r["seconds"] for r in records)
     if baseline:
@@ -204,8 +215,6 @@ def compress(
         models[UNDISTILLED] = twin
         seconds[UNDISTILLED] = sum(r["seconds"] for r in twin_records)
 
-    report = Report(command=command or "smbert.compress(...)", environment=environment())
-    report.stages = [stage_summary(record) for record in records]
     if runner.state.is_main_process:
         timed_too = goal is not None and goal.goal != "params" and goal.shape not in SHAPES
         shapes = (*SHAPES, goal.shape) if goal is not None and timed_too else SHAPES
@@ -235,18 +244,18 @@ def _sizes(goal: Target, model: PreTrainedModel, runner: Runner) -> Sizes:
 def undistilled(recipe: Recipe, small: PreTrainedModel) -> Recipe:
     """A recipe for a model of `small`'s shape that sees labels only: first layers, largest weights, plain fine-tuning.
 
-    It gets the teacher's settings, and as many epochs as the longest training of `recipe` on the target task.
+    It gets the teacher's settings, and as many epochs, or steps, as the longest training of `recipe` on the target task.
     """
     widths = structure_of(small).layer_widths
     heads, ffn = (tuple(w[i] for w in widths) for i in (0, 1))
-    distilling = [s.epochs for s in recipe.stages if isinstance(s, Distill | Finetune) and s.task is None]
+    trained = [s for s in [recipe.teacher, *recipe.stages] if isinstance(s, Distill | Finetune) and s.task is None]
     return Recipe(
         name=UNDISTILLED,
         max_length=recipe.max_length,
         stages=(
             DepthReduction(layers=len(widths), method="truncate"),
             WidthPruning(heads=heads, ffn=ffn, scorer="magnitude", samples=1),
-            replace(recipe.teacher, epochs=max([recipe.teacher.epochs, *distilling])),
+            replace(recipe.teacher, epochs=max(s.epochs for s in trained), max_steps=max(s.max_steps for s in trained)),
         ),
     )
 

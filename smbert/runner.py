@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,9 +207,20 @@ def model_inputs(context: Context) -> set[str]:
 
 
 def run_recipe(
-    recipe: Recipe, model: PreTrainedModel, context: Context, runner: Runner
+    recipe: Recipe,
+    model: PreTrainedModel,
+    context: Context,
+    runner: Runner,
+    after_stage: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """All stages in turn.
+
+    Args:
+        recipe: the stages.
+        model: what goes into the first one; it is left alone.
+        context: what all stages share.
+        runner: where the stages' folders are.
+        after_stage: called after each stage, on the main process, with the stage.json of every stage so far.
 
     Returns:
         The last stage's result and the stage.json of each stage.
@@ -220,6 +231,8 @@ def run_recipe(
         model, record = runner.run(stage, model, context, name)
         context = replace(context, results={**context.results, name: runner.output_dir / name})
         records.append(record)
+        if after_stage is not None and runner.state.is_main_process:
+            after_stage(records)
     return model, records
 
 

@@ -308,7 +308,7 @@ def test_glue_through_an_intermediate_task(load, teacher, data_dir, recipe, tmp_
     out = tmp_path / "out"
     command = ["--model", str(teacher), "--tasks", "rte", "--recipe", str(recipe), "--intermediate", "mnli",
                "--data-dir", str(data_dir), "--seeds", "0", "--max-train-samples", "16", "--intermediate-samples", "16",
-               "--disable-tqdm", "--output", str(out)]  # fmt: skip
+               "--intermediate-epochs", "0.5", "--pool-samples", "30", "--disable-tqdm", "--output", str(out)]  # fmt: skip
     glue = load("glue")
     assert glue.main(command) == 0
     report = Report.read(out)
@@ -325,6 +325,11 @@ def test_glue_through_an_intermediate_task(load, teacher, data_dir, recipe, tmp_
     assert smbert.retention == pytest.approx(smbert.metric / first.metric)
     assert first.speedup["32x128"] == 1.0 and smbert.speedup["32x128"] > 0
     assert (out / "report.png").read_bytes().startswith(PNG) and (out / "report.md").is_file()
+    tuned = read(out / "mnli" / "01-finetune" / "stage.json")
+    assert (tuned["stage"]["epochs"], tuned["train_rows"]) == (0.5, 16)
+    (taught,) = (out / "rte-0" / "smbert").glob("*-distill")
+    assert read(taught / "stage.json")["train_rows"] == 30  # 16 of its own and 14 of the other task
+    assert read(out / "rte-0" / "00-teacher" / "stage.json")["train_rows"] == 16
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a finished cell was run again")
@@ -333,6 +338,18 @@ def test_glue_through_an_intermediate_task(load, teacher, data_dir, recipe, tmp_
     monkeypatch.setattr(glue, "compressed_encoder", refuse)
     assert glue.main(command) == 0
     assert Report.read(out).rows == report.rows
+    # A second command with other seeds adds to the report and takes nothing away.
+    (out / "cells" / "rte-1.json").write_text(
+        (out / "cells" / "rte-0.json").read_text().replace('"seed": 0', '"seed": 1')
+    )
+    assert glue.main(command) == 0
+    assert {row.seed for row in Report.read(out).rows} == {0, 1}
+
+
+def test_glue_refuses_a_pool_of_no_task(load, teacher, data_dir, recipe, tmp_path, capsys):
+    command = ["--model", str(teacher), "--tasks", "rte", "--recipe", str(recipe), "--data-dir", str(data_dir)]
+    assert load("glue").main([*command, "--pool-samples", "9", "--output", str(tmp_path / "out")]) == 2
+    assert "--intermediate" in capsys.readouterr().err
 
 
 def test_glue_on_the_tasks_themselves(load, teacher, data_dir, recipe, tmp_path):

@@ -400,7 +400,11 @@ def test_killed_twice_and_run_again(raw: Path, tmp_path: Path) -> None:
         wait_for((tmp_path / f"paused{number}").exists, process)
         kill(process)
     assert not (out / "model").exists()
+    killed = Report.read(out)  # rewritten after every stage, and it says that it is not the last word
+    assert [s["name"] for s in killed.stages] == ["01-depth_reduction", "02-width_pruning"] and killed.rows == []
+    assert killed.notes and killed.notes[0].startswith("Not finished: 2 of 2 stages")
     run_all(str(raw), str(out))
+    assert Report.read(out).notes == []
     weights = sorted(str(p.parent.relative_to(whole)) for p in whole.rglob("model.safetensors"))
     assert len(weights) == 7 and weights == sorted(
         str(p.parent.relative_to(out)) for p in out.rglob("model.safetensors")
