@@ -264,10 +264,20 @@ def rows_of(
     models: Mapping[str, PreTrainedModel],
     context: Context,
     seconds: Mapping[str, float],
-    raw: DatasetDict | None = None,
+    raw: Mapping[str, Dataset] | None = None,
     shapes: Sequence[tuple[int, int]] = SHAPES,
+    contexts: Mapping[str, Context] | None = None,
 ) -> list[Row]:
-    """One report row per model: metric, sizes and latency, all timed in turns in one run; and the majority class."""
+    """One report row per model: metric, sizes and latency, all timed in turns in one run; and the majority class.
+
+    Args:
+        models: by the name of their row.
+        context: of the models.
+        seconds: of their training.
+        raw: splits for the majority class.
+        shapes: (batch, seq) of the latency.
+        contexts: in place of `context` for single models, such as those with another tokenizer.
+    """
     task = context.data.task
     moved = {name: on_device(model) for name, model in models.items()}
     longest = min(max_positions(model) for model in models.values())
@@ -276,7 +286,7 @@ def rows_of(
     faster = speedups(timed, TEACHER)
     rows = []
     for name, model in moved.items():
-        metrics = context.evaluate(model)
+        metrics = (contexts or {}).get(name, context).evaluate(model)
         headline = next(iter(metrics))
         count = count_parameters(model)
         rows.append(

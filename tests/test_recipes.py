@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,13 +12,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from run_helpers import raw_checkpoint, splits, stage_folders, tiny_context
+from datasets import concatenate_datasets
+from run_helpers import checkpoint, raw_checkpoint, splits, stage_folders, texts, tiny_context
 from tiny_models import tiny
 from transformers import AutoModelForSequenceClassification
 
 from smbert.recipe import Recipe
+from smbert.report import Report
 from smbert.stages import Distill, Outline, WidthPruning
-from smbert.surgery import structure_of
+from smbert.surgery import keep_layers, structure_of
 from smbert.teacher import freeze
 from smbert.trainer import SmbertTrainer
 
@@ -36,7 +39,7 @@ def script(name: str) -> ModuleType:
 
 def test_all_recipes_are_tested() -> None:
     assert {p.stem for p in YAML} >= {"smbert", "demo", "two_cores"}
-    assert {p.stem for p in RECIPES.glob("*.py")} == {"smbert", "custom_checkpoint"}
+    assert {p.stem for p in RECIPES.glob("*.py")} >= {"smbert", "custom_checkpoint", "unlabelled"}
 
 
 @pytest.mark.parametrize("file", YAML, ids=lambda p: p.stem)
@@ -139,3 +142,44 @@ def test_a_checkpoint_and_a_csv_of_ones_own(
     assert len((RECIPES / "custom_checkpoint.py").read_text().splitlines()) < 45
     done = run_script(str(RECIPES / "custom_checkpoint.py"))
     assert done.returncode == 1 and "custom_checkpoint.py MODEL" in done.stderr
+
+
+def test_few_labels_and_much_unlabelled_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = raw_checkpoint(tmp_path / "teacher")
+    student = checkpoint(tmp_path / "student", keep_layers(tiny("bert", head="encoder"), [0]))
+    train, held_out = texts(40), texts(12, seed=1)
+    leaked = concatenate_datasets([train, held_out.select([0])])  # one text of the evaluation set stands in the pool
+    leaked.to_csv(tmp_path / "train.csv", index=False)
+    held_out.to_csv(tmp_path / "validation.csv", index=False)
+    monkeypatch.setattr(sys.modules["smbert.compress"], "SHAPES", ((1, 16),))
+    monkeypatch.setattr(
+        script_compress := sys.modules["smbert.compress"],
+        "latency",
+        partial(script_compress.latency, warmup=0, min_runs=2, min_seconds=0),
+    )
+    argv = [
+        "--teacher", str(teacher), "--student", str(student), "--train-file", str(tmp_path / "train.csv"),
+        "--validation-file", str(tmp_path / "validation.csv"), "--text-columns", "text", "--label-column", "label",
+        "--labels", "8", "--seeds", "0,1", "--max-length", "32", "--teacher-epochs", "1", "--student-epochs", "1",
+        "--control-epochs", "1", "--disable-tqdm", "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    recipe = script("unlabelled")
+    assert recipe.main(argv) == 0
+    report = Report.read(tmp_path / "out")
+    names = ["teacher", "smbert", "same shape, no distillation", "same shape, twice the labels", "majority class"]
+    assert [(row.seed, row.name) for row in report.rows] == [(seed, name) for seed in (0, 1) for name in names]
+    stages = {p.name: json.loads((p / "stage.json").read_text()) for p in (tmp_path / "out" / "seed-0").glob("0*")}
+    rows = {name: record["train_rows"] for name, record in stages.items()}
+    assert rows["00-teacher"] == rows["02-labels"] == 8 and rows["03-twice_the_labels"] == 16
+    kept = int(report.notes[0].split()[2])
+    assert rows["01-distill"] == kept < 41 and "stand in the evaluation set" in report.notes[0]
+    assert " 0 stand in" not in report.notes[0]
+
+    monkeypatch.setattr(SmbertTrainer, "train", None)  # a second run trains nothing
+    assert recipe.main(argv) == 0
+    assert [r.metrics for r in Report.read(tmp_path / "out").rows] == [r.metrics for r in report.rows]
+    capsys.readouterr()
+    assert recipe.main([*argv, "--labels", "30"]) == 2
+    assert "half of the 41 labelled rows" in capsys.readouterr().err

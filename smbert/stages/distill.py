@@ -82,6 +82,12 @@ class Distill(TrainingStage):
         teacher = self._teacher_outline(before, after, context)
         if self.student is not None:
             after = replace(after, structure=structure_of(load_model(self.student)), heads_known=True)
+        if context.teacher is None and "teacher_logits" in context.data_for(self.task).train.column_names:
+            if others := [o.name for o in self.objectives if o.kind not in ("logits", "gold")]:
+                raise ValueError(
+                    f"rows with teacher logits and no teacher allow the logits and gold objectives only, got {', '.join(others)}. "
+                    "To resolve, pass the teacher, or drop the others."
+                )
         task = None if self.teacher in TARGET_TEACHER else after.task if teacher is None else teacher.task
         if task != after.task:
             target = context.data.task.name
@@ -124,12 +130,14 @@ class Distill(TrainingStage):
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         data = context.data_for(self.task)
-        teacher = self._teacher(context)
         student = on_device(with_head(load_model(self.student) if self.student else copy.deepcopy(model), data.task))
-        objective = build_objectives(self.objectives, structure_of(student), structure_of(teacher), data.task.kind)
         rows = self._rows(data, context)
+        labelled_before = "teacher_logits" in rows.column_names
+        # Without a teacher at hand there are no layers to compare; the check before the run has seen to that.
+        teacher = student if labelled_before and context.teacher is None else self._teacher(context)
+        objective = build_objectives(self.objectives, structure_of(student), structure_of(teacher), data.task.kind)
         live = objective.needs.live_teacher
-        if objective.needs.teacher_logits and not live:
+        if objective.needs.teacher_logits and not live and not labelled_before:
             logits = cached_logits(
                 on_device(teacher),
                 rows,
