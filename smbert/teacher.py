@@ -333,7 +333,7 @@ class DistillCollator:
 
     Rows -> `input_ids`, `attention_mask`, `token_type_ids` (where the rows have them) (batch, seq) int64; `labels`
     (batch,) int64 classes, (batch,) float32 scores or (batch, classes) float32 multi-hot; `teacher_logits`
-    (batch, classes) float32. Other columns are left out.
+    (batch, classes) float32; `row` (batch,) int64, the rows' places in their data set. Other columns are left out.
 
     Attributes:
         tokenizer: knows the padding token and side.
@@ -357,8 +357,9 @@ class DistillCollator:
         name = "labels" if "labels" in features[0] else "label"
         if (labels := _stack(features, name)) is not None:
             batch["labels"] = labels
-        if (logits := _stack(features, "teacher_logits")) is not None:
-            batch["teacher_logits"] = logits
+        for name in ("teacher_logits", "row"):
+            if (values := _stack(features, name)) is not None:
+                batch[name] = values
         return batch
 
 

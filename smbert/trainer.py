@@ -27,6 +27,7 @@ from .measure import supports_bf16
 from .modeling import encoder_layers
 from .objectives import ObjectiveSet
 from .teacher import freeze
+from .teacher_states import ROW, TeacherStates
 
 FORWARD_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -69,14 +70,22 @@ class Distillation(_Holder):
         student: the model that learns.
         objective: the losses, as built by `build_objectives`.
         teacher: frozen; None where the losses read labels or cached teacher logits only.
+        states: the teacher's hidden states of the rows, in its place.
     """
 
-    def __init__(self, student: PreTrainedModel, objective: ObjectiveSet, teacher: PreTrainedModel | None = None):
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        objective: ObjectiveSet,
+        teacher: PreTrainedModel | None = None,
+        states: TeacherStates | None = None,
+    ):
         super().__init__()
         self.student = student.requires_grad_(True)  # it may be a copy of a frozen teacher
         self.objective = objective
         # In a tuple the teacher is no child: it is neither saved, nor counted, nor put into training mode.
         self._teacher = () if teacher is None else (freeze(teacher),)
+        self._states = states
 
     def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """One padded batch -> (loss, its terms by name), scalars."""
@@ -84,7 +93,8 @@ class Distillation(_Holder):
         features = {k: inputs[k] for k in FORWARD_INPUTS if k in inputs}
         student = capture_features(self.student, features, hidden=needs.student_hidden, qkv=needs.student_qkv)
         mask = features["attention_mask"].bool()
-        teacher = Features(mask=mask, logits=inputs.get("teacher_logits"))
+        teacher = Features(mask=mask) if self._states is None else self._states.features(inputs[ROW], mask)
+        teacher.logits = inputs.get("teacher_logits")
         if self._teacher and (needs.live_teacher or (needs.teacher_logits and teacher.logits is None)):
             self._teacher[0].to(mask.device)
             with torch.no_grad():

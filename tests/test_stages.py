@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smbert.context import Context, TaskData
+from smbert.features import capture_features
 from smbert.importance import SCORERS
 from smbert.measure import count_parameters, macs
 from smbert.modeling import encoder_layers
@@ -33,6 +35,7 @@ from smbert.stages import DepthReduction, Distill, Finetune, Outline, Stage, Wid
 from smbert.stages.depth import most_important_layers
 from smbert.surgery import keep_layers, save_model, structure_of
 from smbert.teacher import freeze, predict_logits
+from smbert.teacher_states import TeacherStates
 from smbert.trainer import Distillation, SmbertTrainer
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3}
@@ -328,13 +331,73 @@ def test_cached_logits_spare_the_teacher_the_second_run(
     assert calls == []
 
 
-def test_a_live_teacher_runs_beside_every_step(context: Context, teacher: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_live_teacher_runs_beside_every_step(
+    context: Context, teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = counted(teacher)
-    stage = Distill(objectives=(LogitsObjective(), HiddenObjective()), **{**QUICK, "epochs": 2})
-    _, info = stage.run(tiny("bert"), replace(context, teacher=teacher), tmp_path)
+    context = replace(context, teacher=teacher)
+    looks_inside = Distill(objectives=(LogitsObjective(), AttentionObjective()), **{**QUICK, "epochs": 2})
+    _, info = looks_inside.run(tiny("bert"), context, tmp_path / "attention")
     assert calls == [16] * 8
     assert info["teacher_ran_live"] is True
     assert not list(context.cache_dir.glob("*")) if context.cache_dir.exists() else True
+    # So it does where rows are seen once, or where the disk has no room for its states.
+    calls.clear()
+    hidden = Distill(objectives=(LogitsObjective(), HiddenObjective()), **{**QUICK, "epochs": 1})
+    assert hidden.run(tiny("bert"), context, tmp_path / "once")[1]["teacher_ran_live"] is True
+    monkeypatch.setattr("smbert.teacher_states.SHARE_OF_DISK", 0.0)
+    assert replace(hidden, epochs=2).run(tiny("bert"), context, tmp_path / "full")[1]["teacher_ran_live"] is True
+    assert calls == [16] * 12
+
+
+def test_kept_hidden_states_spare_the_teacher_the_second_epoch(
+    context: Context, teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smbert.stages.distill.supports_bf16", lambda: False)
+    context = replace(context, teacher=teacher)
+    stage = Distill(objectives=(LogitsObjective(), HiddenObjective()), **{**QUICK, "epochs": 2})
+    calls = counted(teacher)
+    kept, info = stage.run(tiny("bert"), context, tmp_path / "kept")
+    assert sum(calls) == len(context.data.train) and info["teacher_ran_live"] is False
+    calls.clear()
+    again, _ = stage.run(tiny("bert"), context, tmp_path / "kept" / "again")
+    shutil.copytree(tmp_path / "kept" / "states", tmp_path / "resumed" / "states")
+    calls.clear()
+    resumed, _ = stage.run(tiny("bert"), context, tmp_path / "resumed")
+    assert calls == []  # what the killed run had computed is used
+    assert changed(weights(kept), again) == changed(weights(kept), resumed) == set()
+    monkeypatch.setattr("smbert.teacher_states.SHARE_OF_DISK", 0.0)
+    live, info = stage.run(tiny("bert"), context, tmp_path / "live")
+    assert info["teacher_ran_live"] is True
+    flat = [torch.cat([t.flatten() for t in weights(m).values()]) for m in (tiny("bert"), kept, live)]
+    start, with_states, with_teacher = flat
+    # Half precision and other batches of the teacher: much less than what training moves.
+    assert (with_states - with_teacher).norm() < 0.05 * (with_teacher - start).norm()
+
+
+def test_kept_hidden_states_belong_to_their_rows(
+    context: Context, teacher: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = context.data.train
+    states = TeacherStates.compute(teacher, rows, context.collator, {0, 2, 4}, tmp_path / "s", 8, disable_tqdm=True)
+    assert states is not None and states.layers == [0, 2, 4]
+    chosen = [5, 0, 11, 3]
+    batch = context.collator([rows[i] for i in chosen])
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        expected = capture_features(teacher, inputs, hidden={0, 2, 4})
+    got = states.features(torch.tensor(chosen), expected.mask)
+    assert expected.mask.sum() < expected.mask.numel()  # there is padding
+    for layer in (0, 2, 4):
+        torch.testing.assert_close(
+            got.real(got.hidden[layer]), expected.real(expected.hidden[layer]), atol=4e-3, rtol=0
+        )
+    np.testing.assert_allclose(states.logits[chosen], expected.logits, atol=1e-5)
+
+    with torch.no_grad():
+        encoder_layers(teacher)[0].output.LayerNorm.bias.fill_(1e5)
+    assert TeacherStates.compute(teacher, rows, context.collator, {1}, tmp_path / "t", disable_tqdm=True) is None
+    assert not (tmp_path / "t").exists() and not list(tmp_path.glob("*.part"))
 
 
 def test_cached_and_live_logits_are_the_same(

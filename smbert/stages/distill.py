@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -26,6 +27,7 @@ from ..objectives import (
 )
 from ..surgery import structure_of
 from ..teacher import cached_logits, join_unlabelled, with_teacher_logits
+from ..teacher_states import ROW, TeacherStates, worth_keeping
 from ..trainer import Distillation
 from .base import Outline, TrainingStage, as_text, build
 
@@ -37,8 +39,9 @@ TARGET_TEACHER = ("teacher", "00-teacher")
 class Distill(TrainingStage):
     """Multi-objective knowledge distillation into the model that flows (or another checkpoint).
 
-    Teacher logits are computed once, cached on disk and reused; the teacher runs live only for objectives that read what is
-    inside it. Papers: Hinton (2015), TinyBERT (2020), MiniLMv2 (2021); the default mix is the SmBERT paper's.
+    Teacher logits are computed once, cached on disk and reused, and so are its hidden states where rows are seen several times and
+    the disk has room; it runs live for what is left, above all attention. Papers: Hinton (2015), TinyBERT (2020), MiniLMv2 (2021);
+    the default mix is the SmBERT paper's.
 
     Attributes:
         objectives: the losses and their weights; see `smbert.objectives`.
@@ -82,12 +85,12 @@ class Distill(TrainingStage):
         teacher = self._teacher_outline(before, after, context)
         if self.student is not None:
             after = replace(after, structure=structure_of(load_model(self.student)), heads_known=True)
-        if context.teacher is None and "teacher_logits" in context.data_for(self.task).train.column_names:
-            if others := [o.name for o in self.objectives if o.kind not in ("logits", "gold")]:
-                raise ValueError(
-                    f"rows with teacher logits and no teacher allow the logits and gold objectives only, got {', '.join(others)}. "
-                    "To resolve, pass the teacher, or drop the others."
-                )
+        untaught = context.teacher is None and "teacher_logits" in context.data_for(self.task).train.column_names
+        if untaught and (others := [o.name for o in self.objectives if o.kind not in ("logits", "gold")]):
+            raise ValueError(
+                f"rows with teacher logits and no teacher allow the logits and gold objectives only, got {', '.join(others)}. "
+                "To resolve, pass the teacher, or drop the others."
+            )
         task = None if self.teacher in TARGET_TEACHER else after.task if teacher is None else teacher.task
         if task != after.task:
             target = context.data.task.name
@@ -136,18 +139,30 @@ class Distill(TrainingStage):
         # Without a teacher at hand there are no layers to compare; the check before the run has seen to that.
         teacher = student if labelled_before and context.teacher is None else self._teacher(context)
         objective = build_objectives(self.objectives, structure_of(student), structure_of(teacher), data.task.kind)
-        live = objective.needs.live_teacher
-        if objective.needs.teacher_logits and not live and not labelled_before:
+        live, states = objective.needs.live_teacher, None
+        collator, bf16 = context.collator, supports_bf16()
+        if live and not labelled_before and not objective.needs.teacher_qkv:
+            steps = self.max_steps if self.max_steps > 0 else self.epochs * len(rows) / self.batch_size
+            layers, passes = objective.needs.teacher_hidden, steps * self.batch_size / len(rows)
+            if worth_keeping(teacher, rows, layers, passes, workdir):
+                states = TeacherStates.compute(
+                    on_device(teacher),
+                    rows,
+                    collator,
+                    layers,
+                    workdir / "states",
+                    bf16=bf16,
+                    disable_tqdm=context.disable_tqdm,
+                )
+        if states is not None:
+            live = False
+            rows = with_teacher_logits(rows, states.logits).add_column(ROW, np.arange(len(rows)))
+        elif objective.needs.teacher_logits and not live and not labelled_before:
             logits = cached_logits(
-                on_device(teacher),
-                rows,
-                context.collator,
-                context.cache_dir,
-                bf16=supports_bf16(),
-                disable_tqdm=context.disable_tqdm,
+                on_device(teacher), rows, collator, context.cache_dir, bf16=bf16, disable_tqdm=context.disable_tqdm
             )
             rows = with_teacher_logits(rows, logits)
-        holder = Distillation(student, on_device(objective), on_device(teacher) if live else None)
+        holder = Distillation(student, on_device(objective), on_device(teacher) if live else None, states)
         info = self.train(holder, rows, context, workdir, data)
         return student, {"teacher_ran_live": live, **info}
 
