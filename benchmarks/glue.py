@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where the student's own rows are fewer, fill up with pairs of the intermediate task, without labels",
     )
     parser.add_argument("--output", required=True, help="folder for stages, cells and the report")
+    parser.add_argument("--no-submissions", action="store_true", help="do not label the official test split")
     parser.add_argument("--disable-tqdm", action="store_true")
     parser.set_defaults(run=run)
     args = parser.parse_args(argv)
@@ -208,7 +209,7 @@ def cell(
     models[STUDENT], seconds[STUDENT] = small, sum(r["seconds"] for r in records)
     twin, records = run_recipe(undistilled(recipe, small), raw, context, Runner(folder / "undistilled"))
     models[UNDISTILLED], seconds[UNDISTILLED] = twin, sum(r["seconds"] for r in records)
-    if "test" in data and len(data["test"]):
+    if "test" in data and len(data["test"]) and not args.no_submissions:
         for label, model in models.items():
             submission(
                 model,
