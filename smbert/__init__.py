@@ -6,6 +6,7 @@ Importing smbert registers its model types with transformers' Auto classes.
 __version__ = "0.1.0"
 
 from .checkpoints import load_model, save_model
+from .classical import distill_classical, load_student
 from .compress import CompressionResult, compress
 from .importance import SCORERS
 from .modeling import FAMILIES
@@ -32,9 +33,11 @@ __all__ = [
     "Task",
     "WidthPruning",
     "compress",
+    "distill_classical",
     "keep_layers",
     "keep_units",
     "load_model",
+    "load_student",
     "save_model",
     "structure_of",
 ]

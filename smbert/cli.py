@@ -1,4 +1,4 @@
-"""The command line: `smbert compress | evaluate | bench | inspect`, and the flags that `recipes/smbert.py` shares with `compress`.
+"""The command line: `smbert COMMAND`, and the flags that `recipes/smbert.py` shares with `smbert compress`.
 
 Thin over the library: flags become arguments of a library call. What the user can resolve is one line and exit status 2.
 """
@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ._cli_students import add_parsers as add_student_parsers
 from ._recipe_help import recipe_help
 from .processes import process_state, use_cores
 from .trainer import TrainingDiverged
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     look = commands.add_parser("inspect", help="draw a checkpoint's structure")
     look.add_argument("model", help="folder or Hub id")
     look.set_defaults(run=run_inspect)
+    add_student_parsers(commands)
     args = parser.parse_args(argv)
     return guarded(args.run, args)
 

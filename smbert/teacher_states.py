@@ -133,7 +133,7 @@ def _write(
     device = next(teacher.parameters()).device
     shape = (int(ends[-1]), len(layers), structure_of(teacher).hidden_size)
     states = np.lib.format.open_memmap(part / "states.npy", mode="w+", dtype=np.float16, shape=shape)
-    logits = np.zeros((len(rows), teacher.config.num_labels), np.float32)
+    logits: np.ndarray | None = None
     steps = tqdm(range(0, len(order), batch_size), desc="teacher", unit="batch", leave=False, disable=disable_tqdm)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         for start in steps:
@@ -142,7 +142,10 @@ def _write(
             batch = collator([dict(zip(columnwise, row)) for row in zip(*columnwise.values())])
             features = capture_features(teacher, {k: batch[k].to(device) for k in columns}, hidden=layers)
             assert features.logits is not None  # it has a classification head
-            logits[chosen] = features.logits.float().cpu().numpy()
+            answers = features.logits.float().cpu().numpy()  # (batch, classes)
+            if logits is None:
+                logits = np.empty((len(rows), *answers.shape[1:]), np.float32)
+            logits[chosen] = answers
             stacked = torch.stack([features.real(features.hidden[i]) for i in layers], 1).half()
             if not stacked.isfinite().all():
                 del states
@@ -153,6 +156,7 @@ def _write(
             for i, values in zip(chosen, own):
                 states[ends[i] - lengths[i] : ends[i]] = values
     states.flush()
+    assert logits is not None  # there are rows
     np.save(part / "logits.npy", logits)
     np.save(part / "ends.npy", ends)
     (part / "states.json").write_text(json.dumps({"layers": layers}))
