@@ -8,7 +8,7 @@ task is the fair control, and the same shape without distillation tells what the
 
  1. Once: the chain runs on the intermediate task (fine-tune, halve the depth twice, distill, prune, recover).
  2. Per task and seed (a cell): the teacher is fine-tuned, the compressed encoder learns from it, the controls are trained. With
-    --pool-samples the student sees texts of the intermediate task besides its own, soft-labelled by the task's teacher.
+    --pool-samples the student sees more text besides, soft-labelled by the task's teacher.
  3. All models of a cell are scored on the validation split and timed in turns in one process.
 
 Each stage and each cell is skipped when it is done already: kill it at any time and run the same command again. The report holds
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from smbert.checkpoints import load_model
@@ -71,9 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pool-samples",
         type=int,
-        help="where the student's own rows are fewer, fill up with pairs of the intermediate task, without labels",
+        help="fill the student's rows up to so many with text: the task's other rows, then the intermediate task's, without labels",
     )
     parser.add_argument("--output", required=True, help="folder for stages, cells and the report")
+    parser.add_argument(
+        "--student-steps", type=int, help="of the last stage on the tasks themselves (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--control-steps", type=int, help="of the row without distillation (default: as many as the student's)"
+    )
     parser.add_argument("--no-submissions", action="store_true", help="do not label the official test split")
     parser.add_argument("--disable-tqdm", action="store_true")
     parser.set_defaults(run=run)
@@ -86,10 +93,6 @@ def run(args: argparse.Namespace) -> None:
     recipe = as_recipe(args.recipe)
     if changes := pairs(args.changes, "--set"):
         recipe = recipe.override(changes)
-    if args.pool_samples and not args.intermediate:
-        raise ValueError(
-            f"--pool-samples {args.pool_samples} needs texts of an intermediate task. To resolve, give --intermediate."
-        )
     tasks, seeds = args.tasks.split(","), [int(s) for s in args.seeds.split(",")]
     controls = seeds if args.control_seeds is None else [int(s) for s in args.control_seeds.split(",") if s]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -161,16 +164,24 @@ def compressed_encoder(
 
 
 def with_pool(args: argparse.Namespace, recipe: Recipe, context: Context) -> tuple[Recipe, Context]:
-    """The student's rows filled up with texts of the intermediate task, where both are pairs."""
-    task, data = load_task(args.intermediate, args.data_dir)
-    own = context.data.train
+    """The student's rows filled up with text: first the task's own rows that the teacher has not seen, then the intermediate task's.
+
+    None of it carries a label. A task of single texts takes nothing from one of pairs.
+    """
+    own = rest = context.data.train.shuffle(seed=context.seed)
     if args.max_train_samples is not None and args.max_train_samples < len(own):
-        own = own.shuffle(seed=context.seed).select(range(args.max_train_samples))  # the rows that the teacher saw
-    missing = args.pool_samples - len(own)
-    if missing <= 0 or len(task.text_columns) != len(context.data.task.text_columns):
+        own = own.select(range(args.max_train_samples))  # the rows that the teacher saw
+    pools = [rest.select(range(len(own), len(rest)))] if len(own) < len(rest) else []
+    if args.intermediate:
+        task, data = load_task(args.intermediate, args.data_dir)
+        if len(task.text_columns) == len(context.data.task.text_columns):
+            pools.append(tokenised(task, data, context.tokenizer, recipe.max_length).train.shuffle(seed=context.seed))
+    missing = min(args.pool_samples - len(own), sum(map(len, pools)))
+    if missing <= 0:
         return recipe, context
-    pool = tokenised(task, data, context.tokenizer, recipe.max_length).train.shuffle(seed=context.seed)
-    filled = replace(context, data=replace(context.data, train=own), pool=pool.select(range(min(missing, len(pool)))))
+    columns = [c for c in own.column_names if c != "labels"]
+    pool = concatenate_datasets([p.select_columns(columns) for p in pools])
+    filled = replace(context, data=replace(context.data, train=own), pool=pool.select(range(missing)))
     return limited(recipe, len(own) + missing), filled
 
 
@@ -198,6 +209,8 @@ def cell(
             recipe.teacher, with_head(copy.deepcopy(tuned), task), context, "00-teacher"
         )
         seconds[THROUGH] = record["seconds"]
+    if args.student_steps:
+        recipe = replace(recipe, stages=(*recipe.stages[:-1], replace(recipe.stages[-1], max_steps=args.student_steps)))
     taught = replace(context, teacher=freeze(copy.deepcopy(teacher)))
     chain, start = recipe, copy.deepcopy(teacher)
     if encoder is not None:
@@ -207,7 +220,10 @@ def cell(
         chain, taught = with_pool(args, chain, taught)
     small, records = run_recipe(chain, start, taught, Runner(folder / "smbert"))
     models[STUDENT], seconds[STUDENT] = small, sum(r["seconds"] for r in records)
-    twin, records = run_recipe(undistilled(recipe, small), raw, context, Runner(folder / "undistilled"))
+    control = undistilled(recipe, small)
+    if args.control_steps:
+        control = control.override({"finetune.max_steps": args.control_steps})
+    twin, records = run_recipe(control, raw, context, Runner(folder / "undistilled"))
     models[UNDISTILLED], seconds[UNDISTILLED] = twin, sum(r["seconds"] for r in records)
     if "test" in data and len(data["test"]) and not args.no_submissions:
         for label, model in models.items():

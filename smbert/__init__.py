@@ -13,7 +13,7 @@ from .modeling import FAMILIES
 from .objectives import OBJECTIVES
 from .recipe import Recipe
 from .report import Report
-from .stages import STAGES, DepthReduction, Distill, Finetune, WidthPruning
+from .stages import STAGES, DepthReduction, Distill, Finetune, RetrainingFreePruning, WidthPruning
 from .surgery import PruningPlan, keep_layers, keep_units, structure_of
 from .tasks import GLUE, Task
 
@@ -30,6 +30,7 @@ __all__ = [
     "PruningPlan",
     "Recipe",
     "Report",
+    "RetrainingFreePruning",
     "Task",
     "WidthPruning",
     "compress",

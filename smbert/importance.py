@@ -242,7 +242,7 @@ class _Mask(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _unit_masks(model: PreTrainedModel) -> Iterator[dict[tuple[str, int], Tensor]]:
+def unit_masks(model: PreTrainedModel) -> Iterator[dict[tuple[str, int], Tensor]]:
     """Within the context, a forward fills the dict with the masks (batch, units) that it used: key (part, layer)."""
     structure, masks = structure_of(model), dict[tuple[str, int], Tensor]()
 
@@ -265,7 +265,7 @@ def _unit_masks(model: PreTrainedModel) -> Iterator[dict[tuple[str, int], Tensor
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Within the context: eval mode and no parameter requires a gradient; then everything is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -296,7 +296,7 @@ def _from_gradients(
     sizes = [units for part in zip(*widths) for units in part]
     sums = [torch.zeros(units, dtype=torch.float64) for units in sizes]
     samples = torch.zeros(1, dtype=torch.float64)
-    with _frozen(model), _unit_masks(model) as masks, torch.enable_grad():
+    with frozen(model), unit_masks(model) as masks, torch.enable_grad():
         for batch in batches:
             masks.clear()
             inputs, labels = _split(batch, model.device)

@@ -10,9 +10,12 @@ from .base import Outline, Stage, TrainingStage, build
 from .depth import DepthReduction
 from .distill import Distill
 from .finetune import Finetune
+from .retraining_free import RetrainingFreePruning
 from .width import WidthPruning
 
-STAGES: dict[str, type[Stage]] = {cls.kind: cls for cls in (Finetune, DepthReduction, Distill, WidthPruning)}
+STAGES: dict[str, type[Stage]] = {
+    cls.kind: cls for cls in (Finetune, DepthReduction, Distill, WidthPruning, RetrainingFreePruning)
+}
 
 __all__ = [
     "STAGES",
@@ -20,6 +23,7 @@ __all__ = [
     "Distill",
     "Finetune",
     "Outline",
+    "RetrainingFreePruning",
     "Stage",
     "TrainingStage",
     "WidthPruning",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..context import Context, TaskData
@@ -180,6 +180,15 @@ class TrainingStage(Stage):
             "train_loss": round(result.training_loss, 5),
             "loss_log": [entry for entry in trainer.state.log_history if "loss" in entry],
         }
+
+
+def batches_of_rank(rows: Dataset, context: Context, batch_size: int) -> list[dict[str, Tensor]]:
+    """This process's share of the rows, in padded batches of similar length, where the collator leaves them (the CPU)."""
+    state = process_state()
+    lengths = [len(ids) for ids in rows["input_ids"][:]]
+    mine = sorted(range(len(rows)), key=lengths.__getitem__)[state.process_index :: state.num_processes]
+    parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+    return [dict(context.collator([rows[i] for i in part])) for part in parts]
 
 
 def known_task(task: str | None, context: Context) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
 from .._costs import costs_of
@@ -18,10 +17,9 @@ from ..allocate import Budget, plan_for
 from ..context import Context, device_of_run, on_device
 from ..importance import SCORERS, score, sum_over_ranks
 from ..measure import count_parameters, supports_bf16
-from ..processes import process_state
 from ..surgery import Structure, keep_units, structure_of
 from ..trainer import training_attention
-from .base import Outline, Stage, as_text, known_task
+from .base import Outline, Stage, as_text, batches_of_rank, known_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +103,14 @@ class WidthPruning(Stage):
         start = time.perf_counter()
         data = context.data_for(self.task)
         rows = data.train.shuffle(seed=context.seed).select(range(min(self.samples, len(data.train))))
+        device = device_of_run()
+        batches = [{k: v.to(device) for k, v in b.items()} for b in batches_of_rank(rows, context, self.batch_size)]
         original = model = on_device(model)
         for step in range(1, self.iterations + 1):
             with training_attention(model):
                 scores = score(
                     model,
-                    self._batches(rows, context),
+                    batches,
                     self.scorer,
                     autocast=torch.bfloat16 if supports_bf16() else None,
                     reduce=sum_over_ranks,
@@ -118,19 +118,6 @@ class WidthPruning(Stage):
             budget = Budget(**self._limits()).between(original, step / self.iterations)
             model = keep_units(model, plan_for(model, scores, budget))
         return model, {"scored_rows": len(rows), "pruning_seconds": round(time.perf_counter() - start, 1)}
-
-    def _batches(self, rows: Dataset, context: Context) -> list[dict[str, torch.Tensor]]:
-        """This process's share of the rows, in batches of similar length."""
-        state = process_state()
-        lengths = [len(ids) for ids in rows["input_ids"][:]]
-        mine = sorted(range(len(rows)), key=lengths.__getitem__)[state.process_index :: state.num_processes]
-        return [
-            {
-                k: v.to(device_of_run())
-                for k, v in context.collator([rows[i] for i in mine[a : a + self.batch_size]]).items()
-            }
-            for a in range(0, len(mine), self.batch_size)
-        ]
 
 
 def _check_reachable(budget: Budget, structure: Structure, teacher: PreTrainedModel) -> None:

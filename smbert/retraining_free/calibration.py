@@ -1,0 +1,101 @@
+"""The calibration loss: how far a pruned model's answers lie from the original's, without any gold label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .reconstruct import Reduce
+from .stream import autocast_to, inputs_of
+
+
+class CalibrationLoss:
+    """Mean divergence per sample from a model's own answers on a few batches.
+
+    KL divergence of the class probabilities; of each label's, where several may hold; half the squared error for regression
+    and for models without a task head.
+
+    Args:
+        model: the original.
+        batches: this process's share of the calibration sample; labels are ignored.
+        autocast: for example torch.bfloat16.
+        reduce: sums a tensor over all ranks; None: this process is alone.
+
+    Raises:
+        ValueError: no samples on any rank.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Mapping[str, Any]],
+        autocast: torch.dtype | None = None,
+        reduce: Reduce | None = None,
+    ):
+        self.batches, self.autocast, self.reduce = (
+            [inputs_of(batch, model.device) for batch in batches],
+            autocast,
+            reduce,
+        )
+        self.kind = problem_kind(model)
+        self.targets = [self._answers(model, batch) for batch in self.batches]
+        count = torch.tensor([float(sum(map(len, self.targets)))], dtype=torch.float64)
+        self.samples = int((reduce(count) if reduce else count)[0])
+        if self.samples == 0:
+            raise ValueError(
+                "the calibration sample must hold at least one row, got none. To resolve, raise `calibration`."
+            )
+
+    def __call__(self, model: PreTrainedModel) -> float:
+        """The loss of a pruned form of the original; infinite where its answers are not finite."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for batch, target in zip(self.batches, self.targets):
+            losses = divergence(self._answers(model, batch), target, self.kind, batch.get("attention_mask"))
+            total += losses.double().sum().cpu()
+        value = float((self.reduce(total) if self.reduce else total)[0]) / self.samples
+        return value if math.isfinite(value) else math.inf
+
+    @torch.no_grad()
+    def _answers(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+        training = model.training
+        with autocast_to(model.device, self.autocast):
+            out = model.eval()(**batch)
+        model.train(training)
+        return (out.logits if "logits" in out else out.last_hidden_state).float()
+
+
+def problem_kind(model: PreTrainedModel) -> str:
+    """The kind of a model's answers, as its config says it."""
+    config = model.config
+    if config.num_labels == 1 or not hasattr(model, "base_model") or model.base_model is model:
+        return "regression"
+    return getattr(config, "problem_type", None) or "single_label_classification"
+
+
+def divergence(found: Tensor, target: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
+    """Divergence of each sample's logits from the target logits, (batch,).
+
+    Args:
+        found, target: (batch, classes), or (batch, seq, classes) for answers of each token.
+        kind: a transformers `problem_type`.
+        mask: real tokens (batch, seq), for answers of each token.
+    """
+    if kind == "regression":
+        each = (found - target).square().mean(-1) / 2
+    elif kind == "multi_label_classification":
+        p = target.sigmoid()
+        each = (
+            p * (F.logsigmoid(target) - F.logsigmoid(found)) + (1 - p) * (F.logsigmoid(-target) - F.logsigmoid(-found))
+        ).mean(-1)
+    else:
+        each = F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    if each.dim() == 1:
+        return each
+    real = torch.ones_like(each) if mask is None or mask.shape != each.shape else mask.to(each)
+    return (each * real).sum(1) / real.sum(1).clamp(min=1)

@@ -1,0 +1,232 @@
+"""How many milliseconds a sub-layer of each size takes on this machine, and so a whole model that was never built.
+
+All sizes are timed in turns, as layers of their own fed with a real layer's inputs, together with the whole model and with one that
+has no units left. A model's predicted latency is that of the empty model plus that of its sub-layers, scaled so that the whole
+model's is met exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .._model_card import write_whole
+from ..measure import environment, latency_on, max_positions
+from ..modeling import encoder_layers
+from ..processes import process_state
+from ..surgery import PruningPlan, keep_layers, keep_units, structure_of
+from .cost_table import CostTable
+from .stream import record
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+_MACHINE = ("cpu", "isa", "cores", "gpu", "torch", "platform")  # entries of `environment` on which times depend
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What times belong to beside the machine.
+
+    Attributes:
+        batch, length: sequences and tokens of each, without padding.
+        threads: of the CPU; None: as many as torch uses now.
+        engine: entry of `ENGINES`.
+    """
+
+    batch: int = 32
+    length: int = 128
+    threads: int | None = None
+    engine: str = "torch"
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(
+                f"`engine` must be one of {', '.join(ENGINES)}, got {self.engine!r}. To resolve, choose one."
+            )
+        for name in ("batch", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}. To resolve, correct it.")
+        if self.threads is None:
+            object.__setattr__(self, "threads", torch.get_num_threads())
+
+
+def latency_table(
+    model: PreTrainedModel,
+    heads: Iterable[int],
+    ffn: Iterable[int],
+    conditions: Conditions,
+    path: str | Path,
+    *,
+    force: bool = False,
+    min_runs: int = 15,
+    min_seconds: float = 60.0,
+) -> CostTable:
+    """The table for a model's sizes: read from `path` if there is one, else measured and written there.
+
+    Args:
+        model: the model whose sub-layers are timed; any known family.
+        heads, ffn: the sizes that the table must hold.
+        conditions: what is timed.
+        path: a JSON file, or a folder in which the file is named by machine, model and conditions.
+        force: use a table of another machine or another engine all the same.
+        min_runs, min_seconds: as in `measure.latency`.
+
+    Raises:
+        ValueError: a table of another machine, engine, shape, number of threads or model, or without these sizes.
+    """
+    sizes = {"heads": sorted({0, *heads}), "ffn": sorted({0, *ffn})}
+    about = {**asdict(conditions), "machine": machine(), "model": _shape_of(model), "sizes": sizes}
+    path = Path(path)
+    if path.suffix != ".json":
+        path = path / f"latency-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    try:
+        if process_state().is_main_process and not path.exists():
+            costs = ENGINES[conditions.engine](model, sizes["heads"], sizes["ffn"], conditions, min_runs, min_seconds)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = {"schema_version": SCHEMA_VERSION, **about, "costs": asdict(costs)}
+            write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    finally:
+        process_state().wait_for_everyone()
+    return _read(path, about, force)
+
+
+def machine() -> dict[str, Any]:
+    """The entries of `measure.environment` that decide how long a computation takes."""
+    values = environment()
+    return {key: values[key] for key in _MACHINE}
+
+
+def _shape_of(model: PreTrainedModel) -> dict[str, Any]:
+    structure = structure_of(model)
+    return {
+        "class": type(model).__name__,
+        "family": structure.family.model_type,
+        "hidden_size": structure.hidden_size,
+        "head_dim": structure.head_dim,
+        "embedding_size": structure.embedding_size,
+        "layer_widths": [list(pair) for pair in structure.layer_widths],
+    }
+
+
+def _read(path: Path, about: Mapping[str, Any], force: bool) -> CostTable:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        costs = values["costs"]
+        table = CostTable(
+            costs["name"],
+            float(costs["fixed"]),
+            *({int(size): float(ms) for size, ms in costs[part].items()} for part in ("heads", "ffn")),
+        )
+        found = {key: values[key] for key in about}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must be a latency table, but reading it gave {error!r}. To resolve, delete it, so that it is measured anew."
+        ) from error
+    for key, what in (("machine", "on another machine"), ("engine", "with another engine")):
+        if found[key] != about[key] and not force:
+            told = ", ".join(_changes(found[key], about[key]))
+            raise ValueError(
+                f"{path} was measured {what} ({told}), so its times say nothing here. To resolve, name another file, delete it, "
+                "so that it is measured anew, or use it all the same with `force_table`."
+            )
+    for key in ("batch", "length", "threads", "model"):
+        if found[key] != about[key]:
+            raise ValueError(
+                f"{path} was measured for another {key} ({', '.join(_changes(found[key], about[key]))}). To resolve, name another "
+                "file, or delete it, so that it is measured anew."
+            )
+    for part, name in ((table.heads, "heads"), (table.ffn, "ffn")):
+        if missing := sorted(set(about["sizes"][name]) - set(part)):
+            raise ValueError(
+                f"{path} must hold the {name} sizes {missing} too. To resolve, name another file, or delete it, so that it is "
+                "measured anew."
+            )
+    return table
+
+
+def _changes(old: Any, new: Any) -> list[str]:
+    if not isinstance(old, Mapping):
+        return [f"{old} and not {new}"]
+    return [f"{key} {old.get(key)} and not {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+
+
+# ------------------------------------------------------------------------------------------------------------------ engines
+
+
+class _Alone(nn.Module):
+    """One layer with all its arguments but the hidden states."""
+
+    def __init__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        super().__init__()
+        self.layer, self.arguments = layer, (args, kwargs)
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        args, kwargs = self.arguments
+        return self.layer(hidden_states, *args, **kwargs)
+
+
+def _with_torch(
+    model: PreTrainedModel, heads: list[int], ffn: list[int], conditions: Conditions, min_runs: int, min_seconds: float
+) -> CostTable:
+    """Times in torch, fp32, all sizes in turns."""
+    if conditions.length > (most := max_positions(model)):
+        raise ValueError(
+            f"`length` must be at most {most}, the positions of this model, got {conditions.length}. To resolve, lower it."
+        )
+    widths = structure_of(model).layer_widths
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (conditions.batch, conditions.length), generator=generator)
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+    calls = record(model, [inputs])
+    widest = [max(range(len(widths)), key=lambda layer, kind=kind: widths[layer][kind]) for kind in range(2)]  # type: ignore[misc]
+    models: dict[str, nn.Module] = {"whole": model, "empty": keep_units(model, _first(widths, [(0, 0)] * len(widths)))}
+    batches: dict[str, list[dict[str, Tensor]]] = {"whole": [inputs], "empty": [inputs]}
+    for kind, sizes in enumerate((heads, ffn)):
+        # A family may need its first layer to be there.
+        few = keep_layers(model, sorted({0, widest[kind]}))
+        kept = structure_of(few).layer_widths
+        for size in sizes:
+            pair = (0, size) if kind else (size, 0)
+            plan = _first(kept, [*kept[:-1], pair])
+            layer = encoder_layers(keep_units(few, plan))[-1]
+            models[f"{kind} {size}"] = _Alone(layer, *calls.arguments[0][widest[kind]])
+            batches[f"{kind} {size}"] = [{"hidden_states": calls.states[0]}]
+    timed = latency_on(
+        models, batches, label="sizes", warmup=2, min_runs=min_runs, min_seconds=min_seconds / len(models),
+        threads=conditions.threads, disable_tqdm=True,
+    )  # fmt: skip
+    ms = {name: figures["sizes"]["p50"] for name, figures in timed.items()}
+    tables = [
+        {size: max(0.0, ms[f"{kind} {size}"] - ms[f"{kind} 0"]) for size in sizes}
+        for kind, sizes in enumerate((heads, ffn))
+    ]
+    units = sum(tables[kind][size] for pair in widths for kind, size in enumerate(pair))
+    fixed = min(ms["empty"], ms["whole"])
+    scale = (ms["whole"] - fixed) / units if units > 0 else 0.0
+    logger.info(
+        "latency: whole %.1f ms, without units %.1f ms, layers alone take %.2f of their part",
+        ms["whole"],
+        fixed,
+        1 / scale if scale else 0.0,
+    )
+    return CostTable("latency_ms", fixed, *({size: scale * t for size, t in table.items()} for table in tables))
+
+
+def _first(widths: Any, sizes: Any) -> PruningPlan:
+    """A plan that keeps the first units of each layer: for timing, not for answering."""
+    pairs = [(min(h, size[0]), min(f, size[1])) for (h, f), size in zip(widths, sizes, strict=True)]
+    return PruningPlan(tuple(tuple(range(h)) for h, _ in pairs), tuple(tuple(range(f)) for _, f in pairs))
+
+
+Engine = Callable[[PreTrainedModel, list[int], list[int], Conditions, int, float], CostTable]
+ENGINES: dict[str, Engine] = {"torch": _with_torch}

@@ -1,0 +1,88 @@
+"""Structured optimal brain surgery to a budget: sizes from the database, weights from least squares (ZipLM, Kurtic et al. 2023)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .._costs import Widths
+from ..surgery import keep_units, structure_of
+from .calibration import CalibrationLoss
+from .cost_table import CostTable
+from .database import Database
+from .reconstruct import Reduce
+from .search import find_sizes, options_of
+from .sequential import fit_to_original
+from .stream import Calls
+from .working_copy import working_copy
+
+logger = logging.getLogger(__name__)
+
+
+def prune_by_obs(
+    model: PreTrainedModel,
+    calls: Calls,
+    database: Database,
+    table: CostTable,
+    budget: float,
+    loss: CalibrationLoss,
+    *,
+    steps: int = 30,
+    seed: int = 0,
+    damping: float | None = 1e-2,
+    reduce: Reduce | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A smaller model within a budget, and what is worth recording.
+
+    Args:
+        model: left as it is.
+        calls: this process's share of the calibration rows, recorded with `model`.
+        database: of `model`.
+        table: costs of the database's sizes.
+        budget: in the table's unit.
+        loss: the calibration loss, by which the search judges sizes.
+        steps: of the search.
+        seed: of the search.
+        damping: of the last fit from bottom to top; None leaves that out.
+        reduce: sums a tensor over all ranks.
+
+    Raises:
+        ValueError: the budget is below what can be reached.
+    """
+    copy, dim = working_copy(model), structure_of(model).head_dim
+    present = list(structure_of(model).layer_widths)
+
+    def measured(widths: Widths) -> float:
+        for number, (sublayer, old, new) in enumerate(zip(database.sublayers, _flat(present), _flat(widths))):
+            if old != new:
+                database.apply_one(copy, model, sublayer, new, dim)
+                pair = list(present[number // 2])
+                pair[number % 2] = new
+                present[number // 2] = (pair[0], pair[1])
+        return loss(copy)
+
+    options = options_of([(s.sizes, s.errors) for s in database.sublayers], table)
+    found = find_sizes(options, table, budget, measured, steps=steps, seed=seed)
+    database.apply(copy, model, found.widths)
+    pruned = keep_units(copy, database.plan(found.widths))
+    info: dict[str, Any] = {
+        "evaluations": found.evaluations,
+        "cost": found.cost,
+        "calibration_loss": {"pruned": found.loss},
+    }
+    if damping is not None:
+        fitted = keep_units(copy, database.plan(found.widths))
+        fit_to_original(model, fitted, calls, damping, reduce)
+        info["calibration_loss"]["fitted"] = after = loss(fitted)
+        logger.info("calibration loss %.5f after the fit from bottom to top", after)
+        # On few tokens the fit may learn their noise.
+        if found.loss is None or after <= found.loss:
+            pruned = fitted
+    return pruned, info
+
+
+def _flat(widths: Sequence[tuple[int, int]]) -> list[int]:
+    return [size for pair in widths for size in pair]

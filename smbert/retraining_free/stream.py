@@ -1,0 +1,216 @@
+"""Calibration batches on their way through the layers of a model, one layer at a time.
+
+One forward of the whole model records what each layer is called with beside the hidden states (masks, position biases, rotary
+tables). From then on single layers can be run on all batches, so that what a layer sees is known without running those before it
+again, and a pruned copy of the model can be taken along the same way as the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..modeling import encoder_layers, family_of
+
+PARTS = ("attention_output", "ffn_out")  # the output projections, in the order in which data passes them
+_LABELS = ("labels", "label", "teacher_logits", "start_positions", "end_positions")
+
+
+@dataclass(frozen=True)
+class Calls:
+    """One forward over all batches, as recorded by `record`.
+
+    Attributes:
+        states: for each batch, the hidden states that enter the first layer, (batch, seq, hidden).
+        arguments: for each batch and layer, the positional and the named arguments after the hidden states.
+        masks: for each batch, its real tokens, (batch, seq) bool.
+        outputs: for each batch, the model's logits (or last hidden states, without a head), float32.
+        autocast: dtype of the forward's matrix products; None for the weights' own.
+    """
+
+    states: list[Tensor]
+    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    masks: list[Tensor]
+    outputs: list[Tensor]
+    autocast: torch.dtype | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return sum(int(mask.sum()) for mask in self.masks)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one output projection saw of one batch, real tokens only.
+
+    Attributes:
+        inputs: (tokens, units * dim).
+        outputs: (tokens, hidden), the bias included.
+        residual: what the output is added to, (tokens, hidden).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    residual: Tensor
+
+
+class _Reached(Exception):
+    """Ends a layer's forward once what is asked for is known."""
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], autocast: torch.dtype | None = None) -> Calls:
+    """Runs the model once on each batch, in eval mode; labels are left out.
+
+    Args:
+        model: of any known family, pruned or not.
+        batches: model inputs, with `attention_mask` wherever there is padding.
+        autocast: for example torch.bfloat16.
+
+    Raises:
+        ValueError: no batches, an answer that is not finite, or layers that do not keep the samples apart.
+    """
+    calls = Calls([], [], [], [], autocast)
+    seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0], args[1:], kwargs))
+
+    training = model.training
+    with contextlib.ExitStack() as stack:
+        for layer in encoder_layers(model):
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.callback(model.train, training)
+        model.eval()
+        for batch in batches:
+            seen.clear()
+            inputs = inputs_of(batch, model.device)
+            with autocast_to(model.device, autocast):
+                out = model(**inputs)
+            output = (out.logits if "logits" in out else out.last_hidden_state).float()
+            if not output.isfinite().all():
+                raise ValueError(
+                    f"the model's answers must be finite, got NaN or infinity in calibration batch {len(calls.states)}. To "
+                    "resolve, check the weights, and run in float32 or bfloat16 rather than float16."
+                )
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            if seen[0][0].shape[:2] != mask.shape:
+                raise ValueError(
+                    f"the layers of {type(model).__name__} must keep the samples apart, but they run {tuple(mask.shape)} tokens as "
+                    f"{tuple(seen[0][0].shape)}. To resolve, load the model with attn_implementation='sdpa'."
+                )
+            calls.states.append(seen[0][0])
+            calls.arguments.append([(args, kwargs) for _, args, kwargs in seen])
+            calls.masks.append(mask)
+            calls.outputs.append(output)
+    if not calls.states:
+        raise ValueError("`batches` must hold at least one batch, got none. To resolve, pass calibration rows.")
+    return calls
+
+
+class Stream:
+    """Hidden states of all batches in front of one layer of a model, beginning with the first.
+
+    Args:
+        model: that which was recorded, or a pruned copy of it.
+        calls: from `record`.
+    """
+
+    def __init__(self, model: PreTrainedModel, calls: Calls):
+        self.family, self.layers, self.calls = family_of(model), encoder_layers(model), calls
+        self.states = list(calls.states)
+        self.layer = 0
+
+    @torch.no_grad()
+    def see(self, *parts: str, advance: bool = False) -> Iterator[dict[str, Seen]]:
+        """Runs the present layer on each batch and yields what its output projections saw.
+
+        Args:
+            parts: of `PARTS`.
+            advance: go on to the next layer afterwards; the iterator must be used up then.
+
+        Raises:
+            ValueError: activations that are not finite.
+        """
+        layer = self.layers[self.layer]
+        module = {part: self.family.get(layer, part) for part in PARTS}
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {part: [] for part in PARTS}
+        read: list[Tensor] = []  # inputs of the feed-forward part
+
+        def watch(part: str, stop: bool) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                seen[part].append((args[0], output))
+                if stop:
+                    raise _Reached
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            for part in PARTS:
+                stop = part == "attention_output" and part in parts and len(parts) == 1 and not advance
+                stack.callback(module[part].register_forward_hook(watch(part, stop)).remove)
+            hook = self.family.get(layer, "ffn_in").register_forward_pre_hook(lambda _, args: read.append(args[0]))
+            stack.callback(hook.remove)
+            for number in range(len(self.states)):
+                read.clear()
+                for part in PARTS:
+                    seen[part].clear()
+                state, after = self.states[number], self._forward(layer, number)
+                found = {}
+                for part in parts:
+                    # A chunked feed-forward part calls its projections once for each chunk of tokens.
+                    inputs, outputs = (torch.cat(tensors, 1) for tensors in zip(*seen[part]))
+                    if part == "attention_output":
+                        residual = state
+                    elif self.family.fixed_first_layer:  # norms in front of the sub-layers: nothing normalises the sum
+                        residual = state + seen["attention_output"][0][1]
+                    else:
+                        residual = torch.cat(read, 1)
+                    found[part] = self._real(number, part, inputs, outputs, residual)
+                yield found
+                if advance:
+                    assert after is not None  # nothing stopped it
+                    self.states[number] = after
+        if advance:
+            self.layer += 1
+
+    def advance(self) -> None:
+        """Goes on to the next layer."""
+        for _ in self.see(advance=True):
+            pass
+
+    def _forward(self, layer: nn.Module, number: int) -> Tensor | None:
+        args, kwargs = self.calls.arguments[number][self.layer]
+        state = self.states[number]
+        with autocast_to(state.device, self.calls.autocast), contextlib.suppress(_Reached):
+            out = layer(state, *args, **kwargs)
+            return out[0] if isinstance(out, tuple) else out
+        return None
+
+    def _real(self, number: int, part: str, inputs: Tensor, outputs: Tensor, residual: Tensor) -> Seen:
+        mask = self.calls.masks[number]
+        seen = Seen(inputs[mask].float(), outputs[mask].float(), residual[mask].float())
+        for tensor in (seen.inputs, seen.outputs):
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"activations must be finite, got NaN or infinity at {part} of layer {self.layer}. To resolve, check the "
+                    "weights and the data, and run in float32 or bfloat16 rather than float16."
+                )
+        return seen
+
+
+def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """A batch without labels, on the device."""
+    return {k: v.to(device) for k, v in dict(batch).items() if isinstance(v, Tensor) and k not in _LABELS}
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """torch.autocast, or nothing where there is no dtype."""
+    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()

@@ -1,0 +1,272 @@
+"""Structured pruning without retraining and without gold labels: minutes, not epochs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from .._sizes import Size, parse
+from ..context import Context, device_of_run, on_device
+from ..importance import sum_over_ranks
+from ..measure import latency, supports_bf16
+from ..processes import process_state
+from ..retraining_free.calibration import CalibrationLoss
+from ..retraining_free.cost_table import CostTable, counted_costs
+from ..retraining_free.database import FILE, Database, Settings, build_database
+from ..retraining_free.kprune import check_linear, prune_by_knowledge
+from ..retraining_free.latency_table import Conditions, latency_table
+from ..retraining_free.masksearch import prune_by_fisher
+from ..retraining_free.obs import prune_by_obs
+from ..retraining_free.stream import Calls, record
+from ..surgery import structure_of
+from ..teacher import dataset_fingerprint, model_fingerprint
+from ..trainer import training_attention
+from .base import Outline, Stage, as_text, batches_of_rank, known_task
+
+logger = logging.getLogger(__name__)
+
+Result = tuple[PreTrainedModel, CostTable, float, dict[str, Any]]  # pruned, costs, budget, what is worth recording
+
+METHODS = ("obs", "fisher", "kprune")
+TIMED = ("speedup", "latency_ms")
+BUDGETS = (*TIMED, "macs", "params")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainingFreePruning(Stage):
+    """Structured pruning of heads and neurons to a budget, with new weights for what stays; no training, no gold labels.
+
+    Papers: ZipLM (Kurtic et al. 2023), Kwon et al. (2022), K-prune (Park et al. 2024). Whole sub-layers may vanish.
+
+    Attributes:
+        method: "obs": optimal brain surgery, a database of all sizes, and a search for the best of them. "fisher": mask search by
+            Fisher information and rescaling. "kprune": scores and fits from bottom to top; for `macs` and `params` only.
+        speedup: budget as a factor of measured latency, such as 2.
+        latency_ms: budget in milliseconds for a batch of `shape`.
+        macs: budget of multiply-accumulates of the encoder, a number or a share of what comes in ("50%").
+        params: budget of all parameters, likewise.
+        shape: batch x tokens at which time is measured.
+        samples: training rows that are looked at; their labels are not.
+        batch_size: rows of one batch; the result does not depend on it.
+        calibration: so many of these rows judge sizes, by the divergence from the model's own answers (obs, like the next four).
+        search_steps: sizes that are tried beside those that the measured effect of each sub-layer suggests.
+        ffn_levels: FFN sizes are multiples of 1 / ffn_levels of the widest layer.
+        damping: added to the diagonal of second moments, as a share of its mean.
+        database: folder of the database of sizes, made there if there is none; by default in the run's cache.
+        multiple_of: FFN sizes are multiples of it, since odd sizes cost speed.
+        fit_damping: as `damping`, for the fits from bottom to top (obs, kprune); null leaves out that of obs.
+        latency_table: file of the latency table, by default in the run's cache.
+        force_table: use a table that was measured on another machine or with another engine.
+        threads: CPU threads for which time is measured; by default those in use.
+        task: an intermediate task's name whose rows are looked at.
+    """
+
+    kind: ClassVar[str] = "retraining_free"
+    method: str = "obs"
+    speedup: float | None = None
+    latency_ms: float | None = None
+    macs: Size | None = None
+    params: Size | None = None
+    shape: str = "32x128"
+    samples: int = 2048
+    batch_size: int = 32
+    calibration: int = 256
+    search_steps: int = 30
+    ffn_levels: int = 16
+    damping: float = 1e-4
+    database: str | None = None
+    multiple_of: int = 8
+    fit_damping: float | None = 1e-2
+    latency_table: str | None = None
+    force_table: bool = False
+    threads: int | None = None
+    task: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("macs", "params", "database", "latency_table"):
+            object.__setattr__(self, name, as_text(getattr(self, name)))
+        if self.method not in METHODS:
+            raise ValueError(
+                f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}. To resolve, choose one."
+            )
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of {', '.join(BUDGETS)} must be given, got {', '.join(given) or 'none'}. To resolve, keep one."
+            )
+        for name, least in (("speedup", 1), ("latency_ms", 0)):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and least < value < math.inf):
+                raise ValueError(f"`{name}` must be a number above {least}, got {value!r}. To resolve, correct it.")
+        for name in ("macs", "params"):
+            if getattr(self, name) is not None:
+                parse(getattr(self, name), name)
+        for name, least in (("samples", 1), ("batch_size", 1), ("calibration", 1), ("search_steps", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(
+                    f"`{name}` must be an integer of at least {least}, got {value!r}. To resolve, correct it."
+                )
+        if self.method == "kprune" and (self.speedup is not None or self.latency_ms is not None):
+            check_linear(CostTable("latency_ms", 0, {}, {}))
+        if self.method == "kprune" and self.fit_damping is None:
+            raise ValueError(
+                "`fit_damping` must be a number for kprune, which is its fits, got null. To resolve, try 1.0e-2."
+            )
+        if self.calibration > self.samples:
+            raise ValueError(
+                f"`calibration` must be at most `samples` = {self.samples}, got {self.calibration}. To resolve, lower it."
+            )
+        if self.fit_damping is not None and not 0 < self.fit_damping < math.inf:
+            raise ValueError(f"`fit_damping` must be above 0, got {self.fit_damping!r}. To resolve, try 1.0e-2.")
+        Settings(self.ffn_levels, self.multiple_of, self.damping)
+        self._conditions()
+
+    def _conditions(self) -> Conditions:
+        batch, _, length = self.shape.partition("x")
+        if not (batch.isdigit() and length.isdigit()):
+            raise ValueError(f'`shape` must look like "32x128", got {self.shape!r}. To resolve, correct it.')
+        return Conditions(int(batch), int(length), self.threads)
+
+    def outline(self, before: Outline, context: Context) -> Outline:
+        known_task(self.task, context)
+        # The budget decides on sizes that the run alone knows.
+        return replace(before, heads_known=False)
+
+    def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+        start = time.perf_counter()
+        model = on_device(model)
+        rows = self._rows(context)
+        with training_attention(model):
+            pruned, table, limit, info = getattr(self, f"_{self.method}")(model, rows, context)
+        info = {
+            "sampled_rows": len(rows),
+            "pruning_seconds": round(time.perf_counter() - start, 1),
+            "budget": {"name": table.name, "asked": limit, "reached": info.pop("cost")},
+            **info,
+        }
+        if table.name == "latency_ms":
+            info["latency_ms"] = self._measured(model, pruned, table)
+        return pruned, info
+
+    def _obs(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
+        start = time.perf_counter()
+        few = rows.select(range(min(self.calibration, len(rows))))
+        calls = record(model, batches_of_rank(rows, context, self.batch_size))
+        loss = CalibrationLoss(
+            model, batches_of_rank(few, context, self.batch_size), self._autocast(context), sum_over_ranks
+        )
+        database = self._database(model, calls, rows, context)
+        made = time.perf_counter()
+        heads, ffn = (
+            {size for sublayer in database.sublayers[kind::2] for size in sublayer.sizes} for kind in range(2)
+        )
+        table = self._table(model, heads, ffn, context)
+        limit = self._limit(table, model)
+        pruned, info = prune_by_obs(
+            model, calls, database, table, limit, loss,
+            steps=self.search_steps, seed=context.seed, damping=self.fit_damping, reduce=sum_over_ranks,
+        )  # fmt: skip
+        told = {"sampled_tokens": database.about["tokens"], "database_seconds": round(made - start, 1)}
+        return pruned, table, limit, {**told, **info}
+
+    def _fisher(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
+        batches = batches_of_rank(rows, context, self.batch_size)
+        table = self._even_table(model, context)
+        limit, calls, autocast = self._limit(table, model), record(model, batches), self._autocast(context)
+        pruned, info = prune_by_fisher(model, calls, batches, table, limit, autocast=autocast, reduce=sum_over_ranks)
+        return pruned, table, limit, info
+
+    def _kprune(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
+        batches = batches_of_rank(rows, context, self.batch_size)
+        table = self._even_table(model, context)
+        limit, calls = self._limit(table, model), record(model, batches)
+        assert self.fit_damping is not None  # checked above
+        pruned, info = prune_by_knowledge(
+            model, calls, batches, table, limit,
+            multiple_of=self.multiple_of, damping=self.fit_damping, autocast=self._autocast(context), reduce=sum_over_ranks,
+        )  # fmt: skip
+        return pruned, table, limit, info
+
+    def _autocast(self, context: Context) -> torch.dtype | None:
+        """Of what only ranks; all least squares run in the weights' own precision."""
+        return torch.bfloat16 if context.args.get("bf16", supports_bf16(device_of_run())) else None
+
+    def _rows(self, context: Context) -> Dataset:
+        data = context.data_for(self.task).train
+        if len(data) < self.samples:
+            logger.warning(
+                "%s has %d rows, fewer than `samples` = %d",
+                context.data_for(self.task).task.name,
+                len(data),
+                self.samples,
+            )
+        rows = data.shuffle(seed=context.seed).select(range(min(self.samples, len(data))))
+        return rows.select_columns([name for name in rows.column_names if name not in ("labels", "label")])
+
+    def _database(self, model: PreTrainedModel, calls: Calls, rows: Dataset, context: Context) -> Database:
+        data = dataset_fingerprint(rows)
+        settings = Settings(self.ffn_levels, self.multiple_of, self.damping)
+        key = json.dumps([model_fingerprint(model), data, asdict(settings)])
+        name = f"database-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        folder = context.cache_dir / name if self.database is None else Path(self.database)
+        there = (folder / FILE).is_file()
+        process_state().wait_for_everyone()  # nobody looks after the main process has begun to build
+        if there:
+            return Database.load(folder, model, data)
+        return build_database(model, calls, folder, data, settings, sum_over_ranks)
+
+    def _even_table(self, model: PreTrainedModel, context: Context) -> CostTable:
+        """Costs of all numbers of heads and all allowed numbers of neurons; time is measured for a few of the latter only."""
+        widths = structure_of(model).layer_widths
+        heads, ffn = ({size for pair in widths for size in (0, pair[kind])} for kind in range(2))
+        timed = self.macs is None and self.params is None
+        steps = (
+            Settings(self.ffn_levels, self.multiple_of).ffn_sizes(max(ffn), max(ffn))
+            if timed
+            else range(0, max(ffn), self.multiple_of)
+        )
+        return self._table(model, heads | set(range(max(heads))), ffn | set(steps), context)
+
+    def _table(self, model: PreTrainedModel, heads: set[int], ffn: set[int], context: Context) -> CostTable:
+        if self.macs is not None or self.params is not None:
+            return counted_costs(model, "params" if self.macs is None else "macs", heads, ffn)
+        place = context.cache_dir if self.latency_table is None else Path(self.latency_table)
+        return latency_table(model, heads, ffn, self._conditions(), place, force=self.force_table)
+
+    def _limit(self, table: CostTable, model: PreTrainedModel) -> float:
+        """The budget in the table's unit."""
+        now = table.total(structure_of(model).layer_widths)
+        if self.speedup is not None:
+            return now / self.speedup
+        if self.latency_ms is not None:
+            return self.latency_ms
+        asked: Any = self.macs if self.macs is not None else self.params
+        number = parse(asked, table.name)
+        return number if isinstance(number, int) else math.floor(number * int(now))
+
+    def _measured(self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable) -> dict[str, float]:
+        """Predicted and measured milliseconds of the result, with what came in timed in the same turns."""
+        conditions = self._conditions()
+        timed = latency(
+            {"before": model, "after": pruned}, [(conditions.batch, conditions.length)],
+            warmup=3, min_runs=20, min_seconds=10, threads=conditions.threads, disable_tqdm=True,
+        )  # fmt: skip
+        before, after = (timed[name][self.shape]["p50"] for name in ("before", "after"))
+        return {
+            "predicted": table.total(structure_of(pruned).layer_widths),
+            "measured": after,
+            "before": before,
+            "speedup": before / after,
+        }

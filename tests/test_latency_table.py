@@ -1,0 +1,162 @@
+"""The latency table: what it holds, whose it is, and that it adds up to the whole model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_models import tiny
+
+import smbert.retraining_free.latency_table as module
+from smbert.modeling import FAMILIES
+from smbert.retraining_free.latency_table import Conditions, latency_table, machine
+from smbert.stages.retraining_free import RetrainingFreePruning
+from smbert.surgery import PruningPlan, keep_units, structure_of
+
+SMALL = Conditions(batch=2, length=8, threads=1)
+QUICK = {"min_runs": 2, "min_seconds": 0.0}
+
+
+@pytest.fixture
+def no_engine(monkeypatch):
+    """Whoever measures now fails."""
+
+    def refuse(*args):
+        raise AssertionError("measured again")
+
+    return lambda: monkeypatch.setitem(module.ENGINES, "torch", refuse)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_table_of_every_family(family, tmp_path):
+    model = tiny(family, layers=2)
+    table = latency_table(model, range(5), (0, 32, 64), SMALL, tmp_path, **QUICK)
+    assert table.name == "latency_ms" and table.fixed > 0
+    assert sorted(table.heads) == [0, 1, 2, 3, 4] and sorted(table.ffn) == [0, 32, 64]
+    assert table.heads[0] == table.ffn[0] == 0 and min([*table.heads.values(), *table.ffn.values()]) >= 0
+    assert table.total([(0, 0)] * 2) == table.fixed <= table.total([(4, 64)] * 2)
+
+
+def test_the_sum_is_the_whole_model(tmp_path, monkeypatch):
+    """With known times in place of measured ones: an empty model 2 ms, layers alone twice as fast as within the model."""
+    times = {"whole": 20.0, "empty": 2.0, "0 0": 0.5, "0 2": 1.0, "0 4": 2.0, "1 0": 0.5, "1 64": 5.5, "1 32": 3.5}
+
+    def timed(models, batches, **options):
+        assert set(models) == set(times) == set(batches)
+        with torch.no_grad():
+            for name, one in models.items():
+                one(**batches[name][0])
+        return {name: {"sizes": {"p50": times[name]}} for name in models}
+
+    monkeypatch.setattr(module, "latency_on", timed)
+    model = tiny("bert", layers=2)
+    table = latency_table(model, (2, 4), (32, 64), SMALL, tmp_path)
+    # Both layers: 2 * (1.5 + 5) = 13 alone, 18 within the model.
+    assert table.total([(4, 64)] * 2) == pytest.approx(20)
+    assert table.total([(2, 0), (0, 32)]) == pytest.approx(2 + 18 / 13 * (0.5 + 3))
+
+
+def test_measured_once_per_machine_model_and_conditions(tmp_path, no_engine):
+    model = tiny("bert", layers=2)
+    first = latency_table(model, (2, 4), (32, 64), SMALL, tmp_path / "cache", **QUICK)
+    assert len(list((tmp_path / "cache").glob("latency-*.json"))) == 1
+    no_engine()
+    assert latency_table(model, (2, 4), (32, 64), SMALL, tmp_path / "cache") == first
+    assert latency_table(tiny("bert", layers=2, seed=5), (4, 2), (64, 32), SMALL, tmp_path / "cache") == first
+    with pytest.raises(AssertionError, match="measured again"):
+        latency_table(model, (2, 4), (32, 64), Conditions(3, 8, 1), tmp_path / "cache")
+    with pytest.raises(AssertionError, match="measured again"):
+        latency_table(tiny("bert", layers=3), (2, 4), (32, 64), SMALL, tmp_path / "cache")
+
+
+@pytest.fixture
+def table_file(tmp_path):
+    file = tmp_path / "table.json"
+    latency_table(tiny("bert", layers=2), (2, 4), (32, 64), SMALL, file, **QUICK)
+    return file
+
+
+def altered(file, **changes):
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"machine": {**machine(), "cpu": "Z80"}}, r"another machine \(cpu Z80 and not .*force_table"),
+        ({"engine": "onnxruntime"}, r"another engine \(onnxruntime and not torch\).*force_table"),
+    ],
+)
+def test_tables_of_other_machines_and_engines_are_refused_unless_forced(table_file, no_engine, changes, told):
+    altered(table_file, **changes)
+    no_engine()
+    model = tiny("bert", layers=2)
+    with pytest.raises(ValueError, match=told) as error:
+        latency_table(model, (2, 4), (32, 64), SMALL, table_file)
+    assert "To resolve" in str(error.value)
+    assert latency_table(model, (2, 4), (32, 64), SMALL, table_file, force=True).fixed > 0
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_tables_of_other_shapes_models_and_sizes_are_always_refused(table_file, force):
+    model = tiny("bert", layers=2)
+    for conditions, told in (
+        (Conditions(4, 8, 1), "another batch"),
+        (Conditions(2, 9, 1), "another length"),
+        (Conditions(2, 8, 2), "another threads"),
+    ):
+        with pytest.raises(ValueError, match=rf"{told} .*To resolve"):
+            latency_table(model, (2, 4), (32, 64), conditions, table_file, force=force)
+    with pytest.raises(ValueError, match=r"another model .*layer_widths.*To resolve"):
+        latency_table(tiny("bert", layers=3), (2, 4), (32, 64), SMALL, table_file, force=force)
+    with pytest.raises(ValueError, match=r"heads sizes \[1, 3\] too.*To resolve"):
+        latency_table(model, (1, 2, 3, 4), (32, 64), SMALL, table_file, force=force)
+    table_file.write_text("{}")
+    with pytest.raises(ValueError, match=r"must be a latency table.*To resolve"):
+        latency_table(model, (2, 4), (32, 64), SMALL, table_file, force=force)
+
+
+def test_bad_conditions(tmp_path):
+    for values, told in (
+        ({"engine": "tvm"}, "`engine` must be one of torch"),
+        ({"batch": 0}, "`batch`"),
+        ({"length": 0}, "`length`"),
+    ):
+        with pytest.raises(ValueError, match=rf"{told}.*To resolve"):
+            Conditions(**values)
+    with pytest.raises(ValueError, match=r"`length` must be at most 64.*To resolve"):
+        latency_table(tiny("bert"), (4,), (64,), Conditions(1, 65), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_uneven_models_have_tables_too(tmp_path):
+    model = tiny("mpnet", layers=2)
+    plan = PruningPlan(heads=((1, 2, 3), ()), ffn=((), tuple(range(40))))
+    pruned = keep_units(model, plan)
+    table = latency_table(pruned, (3,), (40,), SMALL, tmp_path, **QUICK)
+    assert sorted(table.heads) == [0, 3] and sorted(table.ffn) == [0, 40]
+    assert table.total(structure_of(pruned).layer_widths) >= table.fixed
+
+
+def test_the_stage_prunes_to_a_time(context, tmp_path, monkeypatch):
+    """Known costs: heads 1 ms, 8 neurons 1 ms, 4 ms for the rest, 52 ms for the model of 4 layers."""
+
+    def engine(model, heads, ffn, conditions, runs, seconds):
+        assert (conditions.batch, conditions.length, conditions.threads) == (2, 16, 1)
+        return module.CostTable("latency_ms", 4.0, {n: float(n) for n in heads}, {n: n / 8 for n in ffn})
+
+    monkeypatch.setitem(module.ENGINES, "torch", engine)
+    options = {"samples": 64, "calibration": 16, "search_steps": 2, "ffn_levels": 4, "shape": "2x16", "threads": 1}
+    model = tiny("bert")
+    for budget, limit in (({"speedup": 2}, 26.0), ({"latency_ms": 12.0}, 12.0)):
+        pruned, info = RetrainingFreePruning(**budget, **options).run(model, context, tmp_path)
+        cost = 4 + sum(heads + ffn / 8 for heads, ffn in structure_of(pruned).layer_widths)
+        assert 0.8 * limit < cost <= limit
+        assert info["latency_ms"]["predicted"] == pytest.approx(cost) and info["latency_ms"]["measured"] > 0
+        assert info["budget"] == {"name": "latency_ms", "asked": pytest.approx(limit), "reached": pytest.approx(cost)}
+    pruned, info = RetrainingFreePruning(method="fisher", speedup=2, **options).run(model, context, tmp_path)
+    assert info["latency_ms"]["predicted"] <= 26
+    with pytest.raises(ValueError, match=r"`latency_ms` must be at least 4, the smallest.*got 3.*To resolve"):
+        RetrainingFreePruning(latency_ms=3, **options).run(model, context, tmp_path)

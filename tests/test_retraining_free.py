@@ -1,0 +1,239 @@
+"""The stage prunes within its budget, close to the best that its sizes allow, without labels, and leaves its input alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny
+
+from smbert.allocate import Budget, plan_for
+from smbert.importance import score
+from smbert.measure import count_parameters, macs
+from smbert.modeling import FAMILIES
+from smbert.retraining_free.calibration import CalibrationLoss, divergence
+from smbert.retraining_free.database import FILE
+from smbert.stages import Outline
+from smbert.stages.retraining_free import RetrainingFreePruning
+from smbert.surgery import keep_units, load_model, save_model, structure_of
+
+QUICK = {"samples": 64, "calibration": 32, "batch_size": 16, "search_steps": 4, "ffn_levels": 4}
+
+
+def pruned_by(model, context, tmp_path, **options):
+    return RetrainingFreePruning(**{**QUICK, **options}).run(model, context, tmp_path)
+
+
+def batches_of(context, rows):
+    return [context.collator([rows[i] for i in range(at, at + 16)]) for at in range(0, len(rows), 16)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_pruned_within_its_budget(family, context, tmp_path):
+    model = tiny(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned, info = pruned_by(model, context, tmp_path, macs="50%")
+    assert 0.4 * macs(model) < macs(pruned) <= macs(model) / 2
+    assert info["budget"] == {"name": "macs", "asked": macs(model) // 2, "reached": macs(pruned)}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert info["sampled_rows"] == 64
+    save_model(pruned, tmp_path / "saved", context.tokenizer)
+    inputs = {k: v for k, v in batches_of(context, context.data.validation)[0].items() if k != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "saved")(**inputs).logits, pruned(**inputs).logits)
+
+
+def test_closer_to_the_original_than_importance_alone(context, tmp_path):
+    model = tiny("bert")
+    held_out = CalibrationLoss(model, batches_of(context, context.data.validation))
+    taylor = score(model, batches_of(context, context.data.train), "taylor_kl")
+    plan = plan_for(model, taylor, Budget(macs="50%", scope="global", min_heads=0, min_ffn=0))
+    losses = {
+        "taylor": held_out(keep_units(model, plan)),
+        "obs": held_out(pruned_by(model, context, tmp_path, macs="50%", fit_damping=None)[0]),
+        "fitted": held_out(pruned_by(model, context, tmp_path, macs="50%")[0]),
+    }
+    assert losses["obs"] < 0.7 * losses["taylor"]
+    assert losses["fitted"] < 0.7 * losses["taylor"]
+
+
+def test_the_better_of_both_fits_stays(context, tmp_path):
+    model = tiny("bert")
+    pruned, info = pruned_by(model, context, tmp_path, macs="60%")
+    losses = info["calibration_loss"]
+    assert set(losses) == {"pruned", "fitted"} and info["evaluations"] > 8
+    plain, other = pruned_by(model, context, tmp_path, macs="60%", fit_damping=None)
+    same = all(torch.equal(a, b) for a, b in zip(pruned.state_dict().values(), plain.state_dict().values()))
+    assert same == (losses["fitted"] > losses["pruned"]) and set(other["calibration_loss"]) == {"pruned"}
+
+
+def test_parameters_and_whole_sublayers(context, tmp_path):
+    model = tiny("bert")
+    fixed = count_parameters(model).total - sum(4 * 8 * (4 * 32 + 3) + 64 * (2 * 32 + 1) for _ in range(4))
+    pruned, info = pruned_by(model, context, tmp_path, params=fixed + 8 * (4 * 32 + 3) + 8 * 65)
+    assert count_parameters(pruned).total <= fixed + 8 * (4 * 32 + 3) + 8 * 65
+    sizes = [size for pair in structure_of(pruned).layer_widths for size in pair]
+    assert sizes.count(0) >= 4 and info["budget"]["name"] == "params"
+
+
+def test_a_model_with_nothing_left_still_answers(context, tmp_path):
+    model = tiny("bert", layers=2)
+    pruned, _ = pruned_by(model, context, tmp_path, macs=0)
+    assert structure_of(pruned).layer_widths == ((0, 0), (0, 0))
+    assert pruned(**batches_of(context, context.data.validation)[0]).logits.isfinite().all()
+
+
+def test_labels_are_never_seen(context, tmp_path):
+    rows = context.data.train
+    wrong = rows.remove_columns("labels").add_column("labels", [1 - int(label) for label in rows["labels"][:]])
+    other = replace(context, data=replace(context.data, train=wrong), cache_dir=tmp_path / "other")
+    one, two = (pruned_by(tiny("bert"), c, tmp_path, macs="50%")[0].state_dict() for c in (context, other))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_batch_size_changes_nothing_that_matters(context, tmp_path):
+    results = [
+        pruned_by(
+            tiny("bert"),
+            replace(context, cache_dir=tmp_path / str(n)),
+            tmp_path,
+            macs="50%",
+            batch_size=n,
+            fit_damping=None,
+        )
+        for n in (3, 64)
+    ]
+    widths = [structure_of(model).layer_widths for model, _ in results]
+    assert widths[0] == widths[1]
+    one, two = (model.state_dict() for model, _ in results)
+    assert all(torch.allclose(one[name], two[name], atol=1e-2) for name in one)
+
+
+def test_the_database_serves_all_later_targets(context, tmp_path, caplog):
+    model, folder = tiny("bert"), tmp_path / "sizes"
+    with caplog.at_level(logging.INFO, "smbert"):
+        first, _ = pruned_by(model, context, tmp_path, macs="75%", database=str(folder))
+        assert "in the database" in caplog.text
+        caplog.clear()
+        second, _ = pruned_by(model, context, tmp_path, macs="40%", database=str(folder))
+        assert "in the database" not in caplog.text
+    assert macs(second) < macs(first)
+    again, _ = pruned_by(model, replace(context, cache_dir=tmp_path / "anew"), tmp_path, macs="40%")
+    assert structure_of(again).layer_widths == structure_of(second).layer_widths
+    with pytest.raises(ValueError, match="another checkpoint"):
+        pruned_by(tiny("bert", seed=1), context, tmp_path, macs="40%", database=str(folder))
+    with pytest.raises(ValueError, match="other calibration data"):
+        pruned_by(model, replace(context, seed=8), tmp_path, macs="40%", database=str(folder))
+
+
+def test_the_default_database_is_kept_in_the_cache(context, tmp_path):
+    model = tiny("bert", layers=2)
+    pruned_by(model, context, tmp_path, macs="75%")
+    files = {file: file.stat().st_mtime_ns for file in context.cache_dir.glob(f"database-*/{FILE}")}
+    pruned_by(model, context, tmp_path, macs="50%")
+    assert (
+        files == {file: file.stat().st_mtime_ns for file in context.cache_dir.glob(f"database-*/{FILE}")}
+        and len(files) == 1
+    )
+    pruned_by(model, context, tmp_path, macs="50%", ffn_levels=2)
+    assert len(list(context.cache_dir.glob("database-*"))) == 2
+
+
+def test_a_pruned_model_is_pruned_on(context, tmp_path):
+    model = tiny("mpnet")
+    first, _ = pruned_by(model, context, tmp_path, macs="70%")
+    second, _ = pruned_by(copy.deepcopy(first), context, tmp_path, macs="50%")
+    assert macs(second) <= macs(first) / 2
+    assert all(
+        a[0] <= b[0] and a[1] <= b[1]
+        for a, b in zip(structure_of(second).layer_widths, structure_of(first).layer_widths)
+    )
+
+
+def test_budgets_out_of_reach_say_the_smallest(context, tmp_path):
+    model = tiny("bert")
+    with pytest.raises(ValueError, match=r"`params` must be at least [\d,]+, the smallest.*got 1,000.*To resolve"):
+        pruned_by(model, context, tmp_path, params=1000)
+    electra = tiny("electra")  # its embedding projection stays
+    with pytest.raises(ValueError, match=r"`macs` must be at least 65,536.*got 1,000"):
+        pruned_by(electra, context, tmp_path, macs=1000)
+
+
+def test_calibration_rows_that_are_too_few(context, tmp_path, caplog):
+    few = replace(context, data=replace(context.data, train=context.data.train.select(range(4))))
+    with pytest.raises(ValueError, match=r"more than 64 tokens.*`samples`"):
+        pruned_by(tiny("bert"), few, tmp_path, macs="50%", calibration=4)
+    assert "4 rows, fewer than `samples` = 64" in caplog.text
+    assert not list(Path(context.cache_dir).glob("*"))
+
+
+def test_activations_that_are_not_finite(context, tmp_path):
+    model = tiny("bert")
+    with torch.no_grad():
+        model.base_model.encoder.layer[2].output.dense.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        pruned_by(model, context, tmp_path, macs="50%")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "exactly one of speedup, latency_ms, macs, params"),
+        ({"macs": "50%", "speedup": 2}, "got speedup, macs"),
+        ({"macs": "150%"}, "`macs`"),
+        ({"params": -1}, "`params`"),
+        ({"speedup": 1}, "`speedup` must be a number above 1"),
+        ({"speedup": "2x"}, "`speedup` must be a number above 1"),
+        ({"latency_ms": 0}, "`latency_ms` must be a number above 0"),
+        ({"macs": "50%", "method": "zip"}, "`method` must be one of obs"),
+        ({"macs": "50%", "samples": 0}, "`samples`"),
+        ({"macs": "50%", "samples": 10}, "`calibration` must be at most `samples` = 10"),
+        ({"macs": "50%", "search_steps": -1}, "`search_steps`"),
+        ({"macs": "50%", "shape": "32"}, "`shape`"),
+        ({"macs": "50%", "shape": "0x8"}, "`batch`"),
+        ({"macs": "50%", "damping": 0}, "`damping`"),
+        ({"macs": "50%", "fit_damping": 0.0}, "`fit_damping`"),
+        ({"macs": "50%", "ffn_levels": 0}, "`levels`"),
+    ],
+)
+def test_options_that_cannot_be(options, told):
+    with pytest.raises(ValueError, match=told) as error:
+        RetrainingFreePruning(**options)
+    assert "To resolve" in str(error.value)
+
+
+def test_outline(context):
+    before = Outline(structure_of(tiny("bert")))
+    after = RetrainingFreePruning(speedup=2).outline(before, context)
+    assert after.structure == before.structure and not after.heads_known
+    with pytest.raises(ValueError, match="`task`"):
+        RetrainingFreePruning(speedup=2, task="unknown").outline(before, context)
+
+
+def test_divergences():
+    old, new = torch.tensor([[1.0, -1.0], [0.0, 3.0]]), torch.tensor([[0.5, 0.0], [1.0, 2.0]])
+    p, q = old.softmax(-1), new.softmax(-1)
+    kl = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(divergence(new, old, "single_label_classification"), kl)
+    torch.testing.assert_close(divergence(new, old, "regression"), (new - old).square().mean(-1) / 2)
+    p, q = old.sigmoid(), new.sigmoid()
+    each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    torch.testing.assert_close(divergence(new, old, "multi_label_classification"), each.mean(-1))
+    for kind in ("single_label_classification", "regression", "multi_label_classification"):
+        assert divergence(old, old, kind).abs().max() == 0
+    tokens, mask = torch.stack([old, new], 1), torch.tensor([[1, 0], [1, 0]])
+    torch.testing.assert_close(
+        divergence(tokens, old[:, None] + tokens * 0 + torch.tensor([[[0.0]], [[1.0]]]) * 0, "regression", mask),
+        torch.zeros(2),
+    )
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_regression_and_several_classes(context, tmp_path, labels, tokenizer):
+    pruned, info = pruned_by(tiny("bert", num_labels=labels), context, tmp_path, macs="50%")
+    assert 0 < info["calibration_loss"]["pruned"] < float("inf")
+    assert pruned.config.num_labels == labels

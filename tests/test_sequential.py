@@ -1,0 +1,102 @@
+"""The fit from bottom to top: least squares against the original's residual stream, for every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import batch, tiny
+
+from smbert.modeling import FAMILIES
+from smbert.retraining_free.sequential import fit_to_original, moments_towards
+from smbert.retraining_free.stream import PARTS, Stream, record
+from smbert.retraining_free.working_copy import output_projection
+from smbert.surgery import PruningPlan, keep_units
+
+PLAN = PruningPlan(heads=((0, 1, 2, 3), (1, 3), ()), ffn=(tuple(range(64)), tuple(range(0, 64, 3)), (5,)))
+
+
+def pair(family):
+    model = tiny(family, layers=3)
+    calls = record(model, [batch(model, 4, 16, seed=seed) for seed in range(8)])
+    return model, keep_units(model, PLAN), calls
+
+
+def last_states(model, calls):
+    stream = Stream(model, calls)
+    for _ in stream.layers:
+        stream.advance()
+    return torch.cat([state[mask] for state, mask in zip(stream.states, calls.masks)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streams_are_the_models_own_forward(family):
+    model, student, calls = pair(family)
+    inputs = batch(model, 4, 16, seed=0)
+    with torch.no_grad():
+        found = last_states(model, calls)[: int(inputs["attention_mask"].sum())]
+        expected = model.base_model(**inputs).last_hidden_state
+        if family == "modernbert":
+            found = model.base_model.final_norm(found)
+    torch.testing.assert_close(found, expected[inputs["attention_mask"].bool()], rtol=1e-4, atol=1e-5)
+    assert calls.tokens == len(last_states(student, calls))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_plus_residual_is_what_the_next_norm_reads(family):
+    """The stream after a layer, made from what was seen: through the layer's own last norm, or as it is in ModernBERT."""
+    model, _, calls = pair(family)
+    stream = Stream(model, calls)
+    seen = [parts["ffn_out"] for parts in stream.see("ffn_out", advance=True)]
+    total = torch.cat([s.outputs + s.residual for s in seen])
+    layer = stream.layers[0]
+    norm = {"distilbert": lambda x: layer.output_layer_norm(x), "modernbert": lambda x: x}.get(
+        family, lambda x: layer.output.LayerNorm(x)
+    )
+    after = torch.cat([state[mask] for state, mask in zip(stream.states, calls.masks)])
+    with torch.no_grad():
+        torch.testing.assert_close(norm(total), after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_pruned_projection_is_least_squares(family):
+    model, student, calls = pair(family)
+    original, pruned = Stream(model, calls), Stream(student, calls)
+    for stream in (original, pruned):
+        stream.advance()
+    one = [parts["attention_output"] for parts in original.see("attention_output")]
+    other = [parts["attention_output"] for parts in pruned.see("attention_output")]
+    x = torch.cat([s.inputs for s in other]).double()
+    y = torch.cat([a.outputs + a.residual - b.residual for a, b in zip(one, other)]).double()
+    linear = output_projection(student, "attention_output", 1)
+    design = x if linear.bias is None else torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    expected = torch.linalg.lstsq(design, y).solution
+    fit_to_original(model, student, calls, damping=1e-9)
+    torch.testing.assert_close(linear.weight.double(), expected[: x.shape[1]].T, rtol=1e-3, atol=1e-3)
+    if linear.bias is not None:
+        torch.testing.assert_close(linear.bias.double(), expected[-1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_comes_closer_and_what_was_not_pruned_stays(family):
+    model, student, calls = pair(family)
+    before, target = last_states(student, calls), last_states(model, calls)
+    kept = {part: output_projection(student, part, 0).weight.clone() for part in PARTS}
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fit_to_original(model, student, calls, damping=1e-4)
+    after = last_states(student, calls)
+    assert (after - target).square().mean() < 0.8 * (before - target).square().mean()
+    assert all(torch.equal(kept[part], output_projection(student, part, 0).weight) for part in PARTS)
+    assert all(torch.equal(original[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_equal_model_is_a_fixed_point():
+    model, _, calls = pair("bert")
+    student = keep_units(model, PruningPlan.full(model))
+    moments = moments_towards(Stream(model, calls), Stream(student, calls), "attention_output")
+    linear = output_projection(model, "attention_output", 0)
+    torch.testing.assert_close(
+        moments.y / moments.tokens,
+        linear.weight.double() @ (moments.x / moments.tokens) + linear.bias.double(),
+        rtol=1e-4,
+        atol=1e-4,
+    )
