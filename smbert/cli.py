@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ._cli_export import add_parsers as add_export_parsers
 from ._cli_students import add_parsers as add_student_parsers
 from ._recipe_help import recipe_help
 from .processes import process_state, use_cores
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     look = commands.add_parser("inspect", help="draw a checkpoint's structure")
     look.add_argument("model", help="folder or Hub id")
     look.set_defaults(run=run_inspect)
+    add_export_parsers(commands)
     add_student_parsers(commands)
     args = parser.parse_args(argv)
     return guarded(args.run, args)

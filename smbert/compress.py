@@ -31,8 +31,17 @@ from .measure import count_parameters, environment, latency, macs, max_positions
 from .processes import process_state
 from .recipe import Recipe
 from .report import Report, Row, model_card, write_model_card
-from .runner import Runner, run_recipe, write_json
-from .stages import DepthReduction, Distill, Finetune, Outline, Stage, WidthPruning
+from .runner import Runner, context_at_end, run_recipe, write_json
+from .stages import (
+    DepthReduction,
+    Distill,
+    EmbeddingFactorisation,
+    Finetune,
+    Outline,
+    Stage,
+    VocabPruning,
+    WidthPruning,
+)
 from .surgery import structure_of
 from .target import Sizes, Target, sizes_for, with_sizes
 from .tasks import Task, majority_baseline
@@ -165,11 +174,13 @@ def compress(
         check_labels(master, spec)
     runner = Runner(output_dir, resume)
     with process_state().main_process_first():
+        pool, pool_texts = tokenised_pool(unlabelled_dataset, spec, tok, chain.max_length)
         context = Context(
             tokenizer=tok,
             data=tokenised(spec, data, tok, chain.max_length),
             other=as_intermediate(intermediate, data_dir, lambda t, d: tokenised(t, d, tok, chain.max_length)),
-            pool=tokenised_pool(unlabelled_dataset, spec, tok, chain.max_length),
+            pool=pool,
+            pool_texts=pool_texts,
             cache_dir=runner.output_dir / "cache",
             args=options,
             seed=seed,
@@ -207,18 +218,20 @@ def compress(
     small, records = run_recipe(chain, begin, context, runner, so_far)
     report.notes = []
     models = {TEACHER: master, STUDENT: small}
+    contexts = {TEACHER: context, STUDENT: context_at_end(chain, context, runner)}
+    tok = contexts[STUDENT].tokenizer
     seconds[STUDENT] = sum(r["seconds"] for r in records)
     if baseline:
-        twin, twin_records = run_recipe(
-            undistilled(chain, small), student, context, Runner(runner.output_dir / "undistilled", resume)
-        )
+        twin_chain, twin_runner = undistilled(chain, small), Runner(runner.output_dir / "undistilled", resume)
+        twin, twin_records = run_recipe(twin_chain, student, context, twin_runner)
         models[UNDISTILLED] = twin
+        contexts[UNDISTILLED] = context_at_end(twin_chain, context, twin_runner)
         seconds[UNDISTILLED] = sum(r["seconds"] for r in twin_records)
 
     if runner.state.is_main_process:
         timed_too = goal is not None and goal.goal != "params" and goal.shape not in SHAPES
         shapes = (*SHAPES, goal.shape) if goal is not None and timed_too else SHAPES
-        for row in rows_of(models, context, seconds, data, shapes):
+        for row in rows_of(models, context, seconds, data, shapes, contexts):
             report.add(row)
         if goal is not None:
             named = {row.name: row for row in report.rows}
@@ -248,13 +261,16 @@ def undistilled(recipe: Recipe, small: PreTrainedModel) -> Recipe:
     """
     widths = structure_of(small).layer_widths
     heads, ffn = (tuple(w[i] for w in widths) for i in (0, 1))
+    shallower = any(isinstance(s, DepthReduction) or (isinstance(s, Distill) and s.student) for s in recipe.stages)
+    least = min(1, *(min(pair) for pair in widths))  # whole sub-layers may be missing
     trained = [s for s in [recipe.teacher, *recipe.stages] if isinstance(s, Distill | Finetune) and s.task is None]
     return Recipe(
         name=UNDISTILLED,
         max_length=recipe.max_length,
         stages=(
-            DepthReduction(layers=len(widths), method="truncate"),
-            WidthPruning(heads=heads, ffn=ffn, scorer="magnitude", samples=1),
+            *([DepthReduction(layers=len(widths), method="truncate")] if shallower else []),
+            WidthPruning(heads=heads, ffn=ffn, scorer="magnitude", samples=1, min_heads=least, min_ffn=least),
+            *(stage for stage in recipe.stages if isinstance(stage, EmbeddingFactorisation | VocabPruning)),
             replace(recipe.teacher, epochs=max(s.epochs for s in trained), max_steps=max(s.max_steps for s in trained)),
         ),
     )

@@ -21,11 +21,18 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task and its tokenised splits (`input_ids`, `attention_mask`, `labels`, ...)."""
+    """A task and its tokenised splits (`input_ids`, `attention_mask`, `labels`, ...).
+
+    Attributes:
+        texts: the same splits before they were tokenised, from which another tokenizer makes its own ids; None where nobody needs to.
+        max_length: most tokens per row.
+    """
 
     task: Task
     train: Dataset
     validation: Dataset
+    texts: Mapping[str, Dataset] | None = None
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,11 @@ class Context:
     """Read-only surroundings of the stages of one run.
 
     Attributes:
-        tokenizer: of the checkpoint; every model of a run shares it.
+        tokenizer: of the checkpoint; the models of a run share it until a stage prunes the vocabulary.
         data: the target task.
         other: intermediate tasks by name, for stages with `task: NAME`.
         pool: tokenised text without labels that `Distill` soft-labels, or None.
+        pool_texts: the same rows before they were tokenised.
         teacher: the frozen teacher of the target task; None before it exists.
         args: `TrainingArguments` fields that the user set for every training stage.
         seed: of every random choice.
@@ -50,6 +58,7 @@ class Context:
     cache_dir: Path
     other: Mapping[str, TaskData] = field(default_factory=dict)
     pool: Dataset | None = None
+    pool_texts: Dataset | None = None
     teacher: PreTrainedModel | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 42

@@ -158,21 +158,21 @@ def as_intermediate(
 def tokenised(task: Task, data: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaskData:
     """The training and validation rows as token ids."""
     rows = {split: tokenize(data[split], task, tokenizer, max_length) for split in ("train", "validation")}
-    return TaskData(task, rows["train"], rows["validation"])  # type: ignore[arg-type]
+    return TaskData(task, rows["train"], rows["validation"], data, max_length)  # type: ignore[arg-type]
 
 
 def tokenised_pool(
     pool: Dataset | None, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Dataset | None:
-    """Unlabelled texts as token ids.
+) -> tuple[Dataset | None, Dataset | None]:
+    """Unlabelled texts as token ids, and as checked texts: the `pool` and `pool_texts` of a Context.
 
     Raises:
         ValueError: columns that are not there, or rows that are no texts.
     """
     if pool is None:
-        return None
+        return None, None
     checked = prepare(task, {"unlabelled": pool}, required=("unlabelled",))["unlabelled"]
-    return tokenize(checked, task, tokenizer, max_length)  # type: ignore[return-value]
+    return tokenize(checked, task, tokenizer, max_length), checked  # type: ignore[return-value]
 
 
 def check_fits(model: PreTrainedModel, what: str, context: Context) -> None:

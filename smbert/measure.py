@@ -106,6 +106,8 @@ def macs(model_or_config: Any, seq_len: int = 128, batch: int = 1) -> int:
     gated, hidden = family_of(config).gated, config.hidden_size
     embedding = getattr(config, "embedding_size", hidden)
     projection = 0 if embedding == hidden else batch * seq_len * embedding * hidden
+    if rank := getattr(config, "embedding_rank", None):
+        projection += batch * seq_len * rank * embedding
     return projection + encoder_macs(layer_widths(config), hidden, head_dim(config), seq_len, gated, batch)
 
 

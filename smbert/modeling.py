@@ -212,6 +212,17 @@ def _resize_layers(model: Any) -> None:
         _shrink(family.get(layer, "ffn_out"), hidden, ffn)
 
 
+class FactorisedEmbedding(nn.Embedding):
+    """A word embedding as a product: a table (vocabulary, rank), and a projection to the width that the model expects."""
+
+    def __init__(self, size: int, rank: int, width: int, padding_idx: int | None) -> None:
+        super().__init__(size, rank, padding_idx=padding_idx)
+        self.projection = nn.Linear(rank, width, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.projection(super().forward(input))
+
+
 class NoHeadsMixin:
     """Self-attention of a layer that has no heads left: its output is the bias of the output projection.
 
@@ -308,6 +319,11 @@ class SlimModelMixin:
 
     def post_init(self) -> None:
         _resize_layers(self)
+        model: Any = self
+        if rank := model.config.embedding_rank:
+            table = model.get_input_embeddings()
+            size = table.num_embeddings, rank, table.embedding_dim
+            model.set_input_embeddings(FactorisedEmbedding(*size, table.padding_idx))
         super().post_init()  # type: ignore[misc]
 
 
@@ -336,9 +352,11 @@ def _slim_classes(family: Family) -> dict[type, type]:
             "__annotations__": {
                 "layer_widths": list[list[int]] | None,
                 "kept_heads": list[list[int]] | None,
+                "embedding_rank": int | None,
             },
             "layer_widths": None,
             "kept_heads": None,
+            "embedding_rank": None,
             "model_type": PREFIX + family.model_type,
             "_auto_class": "AutoConfig",
         },

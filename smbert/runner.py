@@ -33,7 +33,7 @@ from .context import Context
 from .modeling import layer_widths
 from .processes import process_state
 from .recipe import Recipe
-from .stages import Distill, Stage, TrainingStage
+from .stages import Distill, EmbeddingFactorisation, Stage, TrainingStage, VocabPruning
 from .teacher import dataset_fingerprint, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ class Runner:
         start = time.perf_counter()
         result, info = stage.run(model, context, workdir)
         seconds = time.perf_counter() - start
+        context = stage.context_after(context, workdir)
         if self.state.is_main_process:
             metrics = self._probe(result.eval(), context, getattr(stage, "task", None))
             result = result.float().cpu().eval()
@@ -229,11 +230,19 @@ def run_recipe(
     records = []
     for stage, name in zip(recipe.stages, recipe.folder_names):
         model, record = runner.run(stage, model, context, name)
+        context = stage.context_after(context, runner.output_dir / name)
         context = replace(context, results={**context.results, name: runner.output_dir / name})
         records.append(record)
         if after_stage is not None and runner.state.is_main_process:
             after_stage(records)
     return model, records
+
+
+def context_at_end(recipe: Recipe, context: Context, runner: Runner) -> Context:
+    """The surroundings of the result of a recipe that has run."""
+    for stage, name in zip(recipe.stages, recipe.folder_names):
+        context = stage.context_after(context, runner.output_dir / name)
+    return context
 
 
 def stage_inputs(stage: Stage, model: PreTrainedModel, context: Context) -> dict[str, Any]:
@@ -257,6 +266,10 @@ def stage_inputs(stage: Stage, model: PreTrainedModel, context: Context) -> dict
             out["student"] = weights_hash(Path(stage.student))
         if context.pool is not None and stage.data != "task":
             out["pool"] = dataset_fingerprint(context.pool)
+    if isinstance(stage, EmbeddingFactorisation | VocabPruning) and context.pool is not None:
+        out["pool"] = dataset_fingerprint(context.pool)
+    if isinstance(stage, VocabPruning) and (corpus := Path(stage.corpus)).is_file():
+        out["corpus"] = hashlib.sha256(corpus.read_bytes()).hexdigest()
     return out
 
 

@@ -290,7 +290,8 @@ def _target_class(model: PreTrainedModel, plan: PruningPlan) -> Any:
     stock = STOCK_CLASSES.get(type(model), type(model))
     widths = set(plan.layer_widths)
     heads, ffn = max(widths)
-    if len(widths) == 1 and heads == model.config.num_attention_heads and ffn > 0:
+    factorised = getattr(model.config, "embedding_rank", None)
+    if len(widths) == 1 and heads == model.config.num_attention_heads and ffn > 0 and not factorised:
         return stock
     if stock not in SLIM_CLASSES:
         prefix = family_of(model).classes
@@ -310,6 +311,8 @@ def _target_config(model: PreTrainedModel, target: Any, layers: Sequence[int], p
     if type(old) in STOCK_CLASSES:
         for key in ("layer_widths", "kept_heads", "auto_map"):
             config.__dict__.pop(key, None)
+        if not config.__dict__.get("embedding_rank"):
+            config.__dict__.pop("embedding_rank", None)
     config.num_hidden_layers = len(layers)
     if most := max(ffn for _, ffn in plan.layer_widths):
         setattr(config, family.intermediate_size, most)

@@ -49,6 +49,10 @@ _INCIDENTAL = (
 )
 
 
+# Without a value they say nothing, as in configs that were written before there was such an entry.
+_OPTIONAL = ("embedding_rank",)
+
+
 def freeze(model: nn.Module) -> Any:
     """The same model in eval mode and without gradients."""
     return model.eval().requires_grad_(False)
@@ -60,7 +64,8 @@ def model_fingerprint(model: nn.Module) -> str:
     The same on every device, before saving and after reloading, and wherever the model lies.
     """
     config = getattr(model, "config", None)
-    settings = {k: v for k, v in config.to_dict().items() if k not in _INCIDENTAL} if config is not None else {}
+    entries = config.to_dict() if config is not None else {}
+    settings = {k: v for k, v in entries.items() if k not in _INCIDENTAL and not (k in _OPTIONAL and v is None)}
     digest = hashlib.sha256(json.dumps([type(model).__name__, settings], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

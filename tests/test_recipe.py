@@ -29,7 +29,18 @@ from smbert.objectives import (
     RelationObjective,
 )
 from smbert.recipe import Recipe
-from smbert.stages import STAGES, DepthReduction, Distill, Finetune, Outline, RetrainingFreePruning, Stage, WidthPruning
+from smbert.stages import (
+    STAGES,
+    DepthReduction,
+    Distill,
+    EmbeddingFactorisation,
+    Finetune,
+    Outline,
+    RetrainingFreePruning,
+    Stage,
+    VocabPruning,
+    WidthPruning,
+)
 from smbert.surgery import Structure, save_model, structure_of
 
 # Not one field has its default, in sum over the stages of a kind.
@@ -73,6 +84,11 @@ STAGE_VALUES: dict[str, list[Stage]] = {
         WidthPruning(params="60%"),
         WidthPruning(macs=123_456, heads="1/2"),
     ],
+    "vocab_pruning": [
+        VocabPruning(coverage=0.9, pieces=500, params="60%", corpus="texts.txt", min_class_coverage=0.5),
+        VocabPruning(pieces="1/2", params=1_000_000),
+    ],
+    "embedding_factorisation": [EmbeddingFactorisation(rank="1/3", smoothing=0.5)],
     "retraining_free": [
         RetrainingFreePruning(
             method="fisher", speedup=2.5, shape="1x16", samples=64, batch_size=4, calibration=8, search_steps=3, ffn_levels=4,

@@ -9,23 +9,36 @@ A new stage is a dataclass in a file of its own and an entry of `STAGES`.
 from .base import Outline, Stage, TrainingStage, build
 from .depth import DepthReduction
 from .distill import Distill
+from .embedding import EmbeddingFactorisation
 from .finetune import Finetune
 from .retraining_free import RetrainingFreePruning
+from .vocab import VocabPruning
 from .width import WidthPruning
 
 STAGES: dict[str, type[Stage]] = {
-    cls.kind: cls for cls in (Finetune, DepthReduction, Distill, WidthPruning, RetrainingFreePruning)
+    cls.kind: cls
+    for cls in (
+        Finetune,
+        DepthReduction,
+        Distill,
+        WidthPruning,
+        RetrainingFreePruning,
+        VocabPruning,
+        EmbeddingFactorisation,
+    )
 }
 
 __all__ = [
     "STAGES",
     "DepthReduction",
     "Distill",
+    "EmbeddingFactorisation",
     "Finetune",
     "Outline",
     "RetrainingFreePruning",
     "Stage",
     "TrainingStage",
+    "VocabPruning",
     "WidthPruning",
     "build",
 ]

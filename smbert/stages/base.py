@@ -65,6 +65,10 @@ class Stage:
         """The resulting model, and what is worth recording in stage.json. `workdir` survives a kill."""
         raise TypeError(f"{type(self).__name__} has no run()")
 
+    def context_after(self, context: Context, folder: Path) -> Context:
+        """The surroundings of the stages that follow; `folder` is the `workdir` of `run`, or the folder of the finished stage."""
+        return context
+
     def to_dict(self) -> dict[str, Any]:
         """YAML form, with every value written out, so that it means the same under other defaults."""
         return _plain(self)

@@ -29,6 +29,7 @@ from ..surgery import structure_of
 from ..teacher import cached_logits, join_unlabelled, with_teacher_logits
 from ..teacher_states import ROW, TeacherStates, worth_keeping
 from ..trainer import Distillation
+from ..vocab import with_pieces_of
 from .base import Outline, TrainingStage, as_text, build
 
 # The name, and the folder that a run gives it where it has to make it.
@@ -173,7 +174,8 @@ class Distill(TrainingStage):
                     "distill needs a teacher. To resolve, pass `teacher`, or begin the recipe with finetune."
                 )
             return context.teacher
-        return load_model(context.results.get(self.teacher, self.teacher))
+        place = context.results.get(self.teacher, self.teacher)
+        return with_pieces_of(load_model(place), place, context.tokenizer)
 
     def _rows(self, data: TaskData, context: Context) -> Dataset:
         use_pool = context.pool is not None and self.data in ("auto", "pool", "both")
