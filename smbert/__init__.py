@@ -12,6 +12,7 @@ if find_spec("torch") is not None:
     from .checkpoints import load_model, save_model
     from .classical import distill_classical, load_student
     from .compress import CompressionResult, compress
+    from .family import Family, compress_family
     from .importance import SCORERS
     from .modeling import FAMILIES
     from .objectives import OBJECTIVES
@@ -40,6 +41,7 @@ __all__ = [
     "DepthReduction",
     "Distill",
     "EmbeddingFactorisation",
+    "Family",
     "Finetune",
     "PruningPlan",
     "Recipe",
@@ -49,6 +51,7 @@ __all__ = [
     "VocabPruning",
     "WidthPruning",
     "compress",
+    "compress_family",
     "distill_classical",
     "keep_layers",
     "keep_units",

@@ -154,6 +154,10 @@ def add_compress_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     group.add_argument(
         "--target-shape", default="32x128", help="batch x length at which the target is measured (default: %(default)s)"
     )
+    group.add_argument(
+        "--speedups",
+        help="2,4,6: a family of models in one run, by the frontier recipe unless another prunes to a speed-up",
+    )
     group.add_argument("--new-head", action="store_true", help="replace a head that was trained on other labels")
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", help="(default: smbert-output, smbert-demo for the demo)")
@@ -218,8 +222,15 @@ def run_compress(args: argparse.Namespace) -> None:
 
     from ._rows import read_files
     from .compress import compress
+    from .family import compress_family
     from .inputs import as_recipe
 
+    if args.speedups and args.target:
+        raise ValueError(
+            "`--speedups` and `--target` must not be given together. To resolve, put the target among the speed-ups."
+        )
+    if args.speedups and args.recipe == "smbert":
+        args.recipe = "frontier"
     recipe, model, output_dir = as_recipe(args.recipe), args.model, args.output_dir
     if args.demo:
         from .demo import demo_checkpoint, demo_task
@@ -242,29 +253,56 @@ def run_compress(args: argparse.Namespace) -> None:
         recipe, intermediate = recipe.through(args.intermediate), [args.intermediate]
     unlabelled = read_files([args.unlabelled_file]) if args.unlabelled_file else None
     goal = pairs([args.target], "--target") | {"shape": args.target_shape} if args.target else None
+    options: dict[str, Any] = {
+        "task": task,
+        "data_dir": args.data_dir,
+        "train_dataset": data["train"],
+        "eval_dataset": data["validation"],
+        "unlabelled_dataset": unlabelled,
+        "intermediate": intermediate,
+        "teacher": args.teacher,
+        "tokenizer": args.tokenizer,
+        "args": {**pairs(args.arg, "--arg"), **({"disable_tqdm": True} if args.disable_tqdm else {})},
+        "seed": args.seed,
+        "resume": not args.restart,
+        "new_head": args.new_head,
+        "trust_remote_code": args.trust_remote_code,
+        "command": command_line(),
+    }
+    if args.speedups:
+        family = compress_family(
+            model, numbers(args.speedups, "--speedups"), recipe, output_dir=output_dir or "smbert-family", **options
+        )
+        if process_state().is_main_process:
+            show_family(family, output_dir or "smbert-family")
+        return
     result = compress(
         model,
         recipe,
-        task=task,
-        data_dir=args.data_dir,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        unlabelled_dataset=unlabelled,
-        intermediate=intermediate,
-        teacher=args.teacher,
-        tokenizer=args.tokenizer,
         target=goal,
         output_dir=output_dir or "smbert-output",
-        args={**pairs(args.arg, "--arg"), **({"disable_tqdm": True} if args.disable_tqdm else {})},
-        seed=args.seed,
-        resume=not args.restart,
         baseline=not args.no_baseline,
-        new_head=args.new_head,
-        trust_remote_code=args.trust_remote_code,
-        command=command_line(),
+        **options,
     )
     if process_state().is_main_process:
         show_result(result)
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    """Comma-separated numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"`{flag}` must look like 2,4,6, got {text!r}. To resolve, correct it.") from None
+
+
+def show_family(family: Any, output_dir: str) -> None:
+    """The table of all members, what became of each target, and where they lie."""
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(family.report.table())
+    for note in family.report.notes:
+        print(note)
+    print(f"report  {output_dir}/report.md\nplot    {output_dir}/report.png\nmodels  {output_dir}/*/model")
 
 
 def show_result(result: Any) -> None:

@@ -1,0 +1,142 @@
+"""A family of models from one run: pruned to a speed-up, recovered, saved, and pruned on from there.
+
+Going by steps, each with a recovery, ends better than one leap, and every step is a model that somebody can use (ZipLM, 2023).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .compress import STUDENT, TEACHER, CompressionResult, compress
+from .inputs import as_recipe
+from .measure import environment
+from .processes import process_state
+from .recipe import Recipe
+from .report import Report
+from .stages import RetrainingFreePruning, Stage
+
+# Of the speed-up that was asked for: what a prediction from a table of sub-layers may miss by.
+TOLERANCE = (0.95, 1.1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What `compress_family` returns.
+
+    Attributes:
+        members: the results by the speed-up that was asked for, each with a folder of its own.
+        report: all members beside the teacher; also in the output folder as report.json, report.md and report.png.
+    """
+
+    members: dict[float, CompressionResult]
+    report: Report
+
+
+def compress_family(
+    model: str | Path | PreTrainedModel,
+    speedups: Sequence[float],
+    recipe: str | Path | Recipe | Sequence[Stage] = "frontier",
+    *,
+    output_dir: str | Path = "smbert-family",
+    command: str | None = None,
+    **options: Any,
+) -> Family:
+    """Compress to several speed-ups, each from the result of the one before, all taught by the original.
+
+    A run that was killed goes on in the member that was interrupted.
+
+    Args:
+        model: folder, Hub id or loaded model, as for `compress`.
+        speedups: factors above 1, measured as the recipe's `retraining_free` stage says (`shape`, `threads`).
+        recipe: with exactly one `retraining_free` stage, whose budget is set for each member.
+        output_dir: a folder such as "4x" for each member, and the report of all.
+        command: what the report names as the command that made it.
+        **options: as for `compress`, without `target` and `baseline`.
+
+    Returns:
+        The members and their report.
+
+    Raises:
+        ValueError, TypeError: as `compress`; speed-ups that are no factors; a recipe that does not prune to a speed-up.
+    """
+    if not speedups or not all(isinstance(s, int | float) and not isinstance(s, bool) and s > 1 for s in speedups):
+        raise ValueError(f"`speedups` must be numbers above 1, got {list(speedups)}. To resolve, try [2, 4, 6].")
+    if given := sorted({"target", "baseline"} & set(options)):
+        raise TypeError(f"`{given[0]}` must not be given for a family. To resolve, leave it out.")
+    chain = as_recipe(recipe)
+    if sum(isinstance(stage, RetrainingFreePruning) for stage in chain.stages) != 1:
+        raise ValueError(
+            f"`recipe` must have exactly one retraining_free stage, got {', '.join(s.kind for s in chain.stages)}. "
+            "To resolve, use `frontier`, or add one."
+        )
+    out = Path(output_dir)
+    report = Report(command=command or "smbert.compress_family(...)", environment=environment())
+    members: dict[float, CompressionResult] = {}
+    teacher, start, whole_ms = options.pop("teacher", None), model, None
+    for speedup in sorted(set(speedups)):
+        budget = {"speedup": speedup, "latency_ms": None}
+        if whole_ms is not None:
+            budget = {"speedup": None, "latency_ms": whole_ms / speedup}
+        result = compress(
+            start,
+            _to_budget(chain, budget),
+            teacher=teacher,
+            output_dir=out / f"{speedup:g}x",
+            baseline=False,
+            command=report.command,
+            **options,
+        )
+        members[speedup] = result
+        if whole_ms is None:
+            made = result.output_dir / "00-teacher"
+            teacher = teacher or (made if made.is_dir() else model)
+            name = next(n for n, s in zip(result.recipe.folder_names, result.recipe.stages) if _prunes(s))
+            record = json.loads((result.output_dir / name / "stage.json").read_text(encoding="utf-8"))
+            whole_ms = record["latency_ms"]["before"]
+        start = result.model_dir
+        _add(report, speedup, result, _shape(chain))
+        if process_state().is_main_process:
+            report.write(out)
+    return Family(members, report)
+
+
+def _prunes(stage: Stage) -> bool:
+    return isinstance(stage, RetrainingFreePruning)
+
+
+def _shape(chain: Recipe) -> str:
+    return next(stage.shape for stage in chain.stages if isinstance(stage, RetrainingFreePruning))
+
+
+def _to_budget(chain: Recipe, budget: dict[str, float | None]) -> Recipe:
+    stages = [
+        replace(s, macs=None, params=None, **budget) if isinstance(s, RetrainingFreePruning) else s  # type: ignore[arg-type]
+        for s in chain.stages
+    ]
+    return replace(chain, stages=tuple(stages))
+
+
+def _add(report: Report, speedup: float, result: CompressionResult, shape: str) -> None:
+    """The member's row under its own name, the teacher's once, and whether the speed-up was honoured."""
+    rows = {row.name: row for row in result.report.rows}
+    if STUDENT not in rows:  # another process measures
+        return
+    for name, row in rows.items():
+        if name == STUDENT:
+            report.add(replace(row, name=f"smbert {speedup:g}x"))
+        elif name == TEACHER and any(r.name == TEACHER for r in report.rows):
+            continue
+        else:
+            report.add(row)
+    reached = rows[STUDENT].speedup.get(shape)
+    if reached is not None:
+        honoured = TOLERANCE[0] <= reached / speedup <= TOLERANCE[1]
+        report.notes.append(
+            f"{speedup:g}x at {shape} was asked for and {reached:.2f}x measured: {'honoured' if honoured else 'MISSED'}."
+        )

@@ -1,0 +1,121 @@
+"""A family: each member from the one before, all taught by the original, one report."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_helpers import raw_checkpoint, splits
+
+import smbert
+from smbert import DepthReduction, Distill, Recipe, RetrainingFreePruning
+from smbert.report import Report
+from smbert.retraining_free.cost_table import CostTable, counted_costs
+from smbert.stages import Finetune
+from smbert.surgery import structure_of
+from smbert.trainer import SmbertTrainer
+
+QUICK = {"max_steps": 2, "batch_size": 8}
+RECIPE = Recipe(
+    max_length=32,
+    teacher=Finetune(**QUICK),
+    stages=(
+        RetrainingFreePruning(speedup=9, shape="4x16", samples=16, batch_size=8, calibration=8, search_steps=0, ffn_levels=4),
+        Distill(objectives=({"kind": "logits", "weight": 1.0},), **QUICK),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which a multiply-accumulate takes a millisecond: models of this size take as long as their overhead."""
+    stage = importlib.import_module("smbert.stages.retraining_free")
+    compress = importlib.import_module("smbert.compress")
+
+    def table(model: Any, heads: Any, ffn: Any, *_: Any, **__: Any) -> CostTable:
+        return replace(counted_costs(model, "macs", heads, ffn), name="latency_ms")
+
+    def measured(_: Any, model: Any, pruned: Any, costs: CostTable) -> dict[str, float]:
+        before, after = (costs.total(structure_of(m).layer_widths) for m in (model, pruned))
+        return {"predicted": after, "measured": after, "before": before, "speedup": before / after}
+
+    monkeypatch.setattr(stage, "latency_table", table)
+    monkeypatch.setattr(RetrainingFreePruning, "_measured", measured)
+    monkeypatch.setattr(compress, "latency", partial(compress.latency, warmup=0, min_runs=2, min_seconds=0))
+    monkeypatch.setattr(compress, "SHAPES", ((4, 16),))
+
+
+def run(model: Path, out: Path, speedups: Any = (1.5, 2), recipe: Any = RECIPE, **options: Any) -> Any:
+    data = splits()
+    return smbert.compress_family(
+        model, speedups, recipe, output_dir=out, train_dataset=data["train"], eval_dataset=data["validation"],
+        args={"disable_tqdm": True, "bf16": False}, **options,
+    )  # fmt: skip
+
+
+def test_each_member_comes_from_the_one_before(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    family = run(raw_checkpoint(tmp_path / "model"), out)
+    assert sorted(family.members) == [1.5, 2]
+    first, second = (json.loads((out / f"{s}x" / "01-retraining_free" / "stage.json").read_text()) for s in (1.5, 2))
+    assert first["stage"]["speedup"] == 1.5 and "latency_ms" not in first["stage"]
+    # The second budget is a share of what the original took, not of what the first member takes.
+    assert second["stage"]["latency_ms"] == pytest.approx(first["latency_ms"]["before"] / 2)
+    one, two = (structure_of(family.members[s].model) for s in (1.5, 2))
+    for (heads, ffn), (more_heads, more_ffn) in zip(two.layer_widths, one.layer_widths, strict=True):
+        assert heads <= more_heads and ffn <= more_ffn
+    # The original is the teacher of both, and is made once.
+    assert (out / "1.5x" / "00-teacher").is_dir() and not (out / "2x" / "00-teacher").exists()
+    distilled = [json.loads((out / f"{s}x" / "02-distill" / "stage.json").read_text()) for s in (1.5, 2)]
+    assert distilled[0]["inputs"]["teacher"] == distilled[1]["inputs"]["teacher"]
+
+    report = Report.read(out)
+    assert [row.name for row in report.rows] == ["teacher", "smbert 1.5x", "majority class", "smbert 2x"]
+    assert report.rows[3].retention == pytest.approx(report.rows[3].metric / report.rows[0].metric)
+    assert len(report.notes) == 2 and all("was asked for and" in note for note in report.notes)
+    assert (out / "2x" / "model" / "config.json").is_file() and (out / "report.png").is_file()
+
+    monkeypatch.setattr(SmbertTrainer, "train", None)  # a second run trains nothing
+    again = run(tmp_path / "model", out)
+    assert [row.metrics for row in again.report.rows] == [row.metrics for row in report.rows]
+
+
+def test_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("smbert.family"), "compress", None)
+    for speedups in ((), (1,), (2, "x"), (True,)):
+        with pytest.raises(ValueError, match=r"`speedups` must be numbers above 1.*To resolve"):
+            run(tmp_path, tmp_path / "out", speedups)
+    with pytest.raises(TypeError, match="`target` must not be given"):
+        run(tmp_path, tmp_path / "out", target={"speedup": 2})
+    with pytest.raises(ValueError, match="exactly one retraining_free stage, got depth_reduction"):
+        run(tmp_path, tmp_path / "out", recipe=[DepthReduction(layers=1)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_that_ships_prunes_to_a_speedup() -> None:
+    assert [stage.kind for stage in Recipe.named("frontier").stages] == ["retraining_free", "distill"]
+
+
+def test_the_command(tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    from smbert.cli import main
+
+    model, data, out = raw_checkpoint(tmp_path / "model"), splits(), tmp_path / "out"
+    for name in ("train", "validation"):
+        data[name].to_csv(tmp_path / f"{name}.csv", index=False)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.to_yaml())
+    argv = [
+        "compress", "--model", str(model), "--train-file", str(tmp_path / "train.csv"), "--disable-tqdm",
+        "--validation-file", str(tmp_path / "validation.csv"), "--recipe", str(tmp_path / "recipe.yaml"), "--output-dir", str(out),
+    ]  # fmt: skip
+    assert main([*argv, "--speedups", "1.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "smbert 1.5x" in shown and "1.5x at 4x16 was asked for" in shown
+    assert main([*argv, "--speedups", "fast"]) == 2
+    assert "--speedups" in capsys.readouterr().err
+    assert main([*argv, "--speedups", "2", "--target", "speedup=2"]) == 2
+    assert "must not be given together" in capsys.readouterr().err
