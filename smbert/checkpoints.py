@@ -39,7 +39,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, tokenizer: Any = None
     partial, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if previous.exists() and not folder.exists():  # killed between the two renames below
+        if previous.exists() and not folder.exists():  # killed between the two renames of put_in_place
             previous.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -48,14 +48,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, tokenizer: Any = None
             tokenizer.save_pretrained(partial)
         if folder.exists():
             _carry_over(folder, partial)
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if previous.exists():
-                previous.rename(folder)
-            raise
+        put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"could not save the model to {folder}: {error}. Its previous contents are intact. "
@@ -63,6 +56,24 @@ def save_model(model: PreTrainedModel, folder: str | Path, tokenizer: Any = None
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name, in place of an earlier one, which comes back if that fails.
+
+    Raises:
+        OSError: `folder` is as it was.
+    """
+    previous = folder.with_name(f".{folder.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if previous.exists():
+            previous.rename(folder)
+        raise
     shutil.rmtree(previous, ignore_errors=True)
 
 

@@ -70,7 +70,8 @@ def compress_family(
     if given := sorted({"target", "baseline"} & set(options)):
         raise TypeError(f"`{given[0]}` must not be given for a family. To resolve, leave it out.")
     chain = as_recipe(recipe)
-    if sum(isinstance(stage, RetrainingFreePruning) for stage in chain.stages) != 1:
+    pruning = [stage for stage in chain.stages if isinstance(stage, RetrainingFreePruning)]
+    if len(pruning) != 1:
         raise ValueError(
             f"`recipe` must have exactly one retraining_free stage, got {', '.join(s.kind for s in chain.stages)}. "
             "To resolve, use `frontier`, or add one."
@@ -78,14 +79,15 @@ def compress_family(
     out = Path(output_dir)
     report = Report(command=command or "smbert.compress_family(...)", environment=environment())
     members: dict[float, CompressionResult] = {}
+    prune, place = pruning[0], chain.stages.index(pruning[0])
     teacher, start, whole_ms = options.pop("teacher", None), model, None
     for speedup in sorted(set(speedups)):
-        budget = {"speedup": speedup, "latency_ms": None}
-        if whole_ms is not None:
-            budget = {"speedup": None, "latency_ms": whole_ms / speedup}
+        # From the second member on what comes in is faster already, so the budget is a share of the original's time.
+        relative, absolute = (speedup, None) if whole_ms is None else (None, whole_ms / speedup)
+        step = replace(prune, macs=None, params=None, speedup=relative, latency_ms=absolute)
         result = compress(
             start,
-            _to_budget(chain, budget),
+            replace(chain, stages=(*chain.stages[:place], step, *chain.stages[place + 1 :])),
             teacher=teacher,
             output_dir=out / f"{speedup:g}x",
             baseline=False,
@@ -96,30 +98,14 @@ def compress_family(
         if whole_ms is None:
             made = result.output_dir / "00-teacher"
             teacher = teacher or (made if made.is_dir() else model)
-            name = next(n for n, s in zip(result.recipe.folder_names, result.recipe.stages) if _prunes(s))
-            record = json.loads((result.output_dir / name / "stage.json").read_text(encoding="utf-8"))
-            whole_ms = record["latency_ms"]["before"]
+            folder = result.output_dir / chain.folder_names[place]
+            whole_ms = json.loads((folder / "stage.json").read_text(encoding="utf-8"))["latency_ms"]["before"]
+            options["new_head"] = False  # the members have it
         start = result.model_dir
-        _add(report, speedup, result, _shape(chain))
+        _add(report, speedup, result, prune.shape)
         if process_state().is_main_process:
             report.write(out)
     return Family(members, report)
-
-
-def _prunes(stage: Stage) -> bool:
-    return isinstance(stage, RetrainingFreePruning)
-
-
-def _shape(chain: Recipe) -> str:
-    return next(stage.shape for stage in chain.stages if isinstance(stage, RetrainingFreePruning))
-
-
-def _to_budget(chain: Recipe, budget: dict[str, float | None]) -> Recipe:
-    stages = [
-        replace(s, macs=None, params=None, **budget) if isinstance(s, RetrainingFreePruning) else s  # type: ignore[arg-type]
-        for s in chain.stages
-    ]
-    return replace(chain, stages=tuple(stages))
 
 
 def _add(report: Report, speedup: float, result: CompressionResult, shape: str) -> None:

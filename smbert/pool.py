@@ -194,7 +194,7 @@ def read_pool(folder: str | Path) -> LabelledPool:
         if _settings(about) != _settings(first):
             raise ValueError(f"{file} is of another run than shard 0. To resolve, label the pool in an empty folder.")
         with _damage_named(file):
-            for _ in pq.ParquetFile(file, page_checksum_verification=True).iter_batches(columns=[LOGITS]):
+            for _ in pq.ParquetFile(file, page_checksum_verification=True).iter_batches():
                 pass
     files = [str(folder / f"shard-{about['shard']:06d}.parquet") for about in footers if about["counts"]["labelled"]]
     if not files:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,26 +135,18 @@ def predict_logits(
     Raises:
         ValueError: no rows, or no `input_ids`.
     """
-    columns = _inputs_of(model, dataset)
-    rows = dataset.select_columns(columns).with_format(None)
-    lengths = rows.select_columns(["input_ids"]).with_format("arrow")[:].column("input_ids")
-    order = np.argsort(-pc.list_value_length(lengths).to_numpy(), kind="stable")
+    columns = inputs_of(model, dataset)
     device = next(model.parameters()).device
     logits: np.ndarray | None = None
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            for start in tqdm(
-                range(0, len(order), batch_size), desc="logits", unit="batch", leave=False, disable=disable_tqdm
-            ):
-                chosen = order[start : start + batch_size]
-                columnwise = rows[chosen.tolist()]
-                batch = collator([dict(zip(columnwise, row)) for row in zip(*columnwise.values())])
+            for chosen, batch in batches_by_length(dataset, columns, collator, batch_size, "logits", disable_tqdm):
                 inputs = {k: v.to(device) for k, v in batch.items() if k in columns}
                 part = model(**inputs).logits.float().cpu().numpy()  # (batch, classes)
                 if logits is None:
-                    logits = np.empty((len(rows), *part.shape[1:]), dtype=np.float32)
+                    logits = np.empty((len(dataset), *part.shape[1:]), dtype=np.float32)
                 logits[chosen] = part
     finally:
         model.train(was_training)
@@ -162,7 +154,32 @@ def predict_logits(
     return logits
 
 
-def _inputs_of(model: nn.Module, dataset: Dataset) -> list[str]:
+def token_counts(dataset: Dataset) -> np.ndarray:
+    """Tokens of each row, (rows,)."""
+    column = dataset.select_columns(["input_ids"]).with_format("arrow")[:].column("input_ids")
+    return pc.list_value_length(column).to_numpy()
+
+
+def batches_by_length(
+    dataset: Dataset,
+    columns: Sequence[str],
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+    batch_size: int,
+    description: str,
+    disable_tqdm: bool,
+) -> Iterator[tuple[np.ndarray, Mapping[str, Any]]]:
+    """Every row once, in padded batches of similar length, longest first: the rows' places (batch,), and the batch."""
+    rows = dataset.select_columns(list(columns)).with_format(None)
+    order = np.argsort(-token_counts(dataset), kind="stable")
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=description, unit="batch", leave=False, disable=disable_tqdm):
+        chosen = order[start : start + batch_size]
+        columnwise = rows[chosen.tolist()]
+        yield chosen, collator([dict(zip(columnwise, row)) for row in zip(*columnwise.values())])
+
+
+def inputs_of(model: nn.Module, dataset: Dataset) -> list[str]:
+    """The columns that the model takes; ValueError where there are no tokenised rows."""
     known = inspect.signature(model.forward).parameters
     columns = [c for c in dataset.column_names if c in known and c not in LABELS]
     if len(dataset) == 0 or "input_ids" not in columns:
@@ -193,7 +210,7 @@ def cached_logits(
         ValueError: as `predict_logits`, or logits that are not finite.
         OSError: the cache cannot be written; nothing half-written stays.
     """
-    columns = _inputs_of(teacher, dataset)
+    columns = inputs_of(teacher, dataset)
     about = {
         "model": model_fingerprint(teacher),
         "rows": dataset_fingerprint(dataset, columns),

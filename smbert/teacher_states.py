@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .features import Features, capture_features
 from .processes import process_state
 from .surgery import structure_of
-from .teacher import LABELS, PADDED
+from .teacher import batches_by_length, freeze, inputs_of, token_counts
 
 logger = logging.getLogger(__name__)
 ROW = "row"
@@ -81,35 +79,38 @@ class TeacherStates:
     ) -> TeacherStates | None:
         """Run the teacher over all rows, unless `folder` holds the result already.
 
-        Under torch.distributed the main process computes while the others wait.
+        Under torch.distributed the main process decides and computes while the others wait.
+
+        Args:
+            teacher: with a sequence-classification head, where it is to run; it is frozen.
+            rows: tokenised.
+            collator: pads rows to a batch.
+            layers: whose states are kept.
+            folder: made whole or not at all.
+            batch_size: rows of one forward pass.
+            bf16: autocast to bfloat16.
+            disable_tqdm: no progress bar.
 
         Returns:
-            The states; None where half precision cannot hold them, which is known after the first batch.
+            The states; None where the disk has no room for them or half precision cannot hold them.
         """
         state = process_state()
         try:
-            if state.is_main_process and not folder.is_dir():
-                _write(teacher, rows, collator, sorted(layers), folder, batch_size, bf16, disable_tqdm)
+            # What a killed run left decides for the resumed one, whose disk is fuller.
+            if state.is_main_process and not folder.is_dir() and _fits(teacher, rows, layers, folder.parent):
+                _write(freeze(teacher), rows, collator, sorted(layers), folder, batch_size, bf16, disable_tqdm)
         finally:
             state.wait_for_everyone()
         return cls(folder) if folder.is_dir() else None
 
 
-def worth_keeping(teacher: PreTrainedModel, rows: Dataset, layers: Collection[int], passes: float, place: Path) -> bool:
-    """Whether rows are seen more than once and their states fit on the disk of `place`."""
-    if passes <= 1:
-        return False
-    needed = int(_lengths(rows).sum()) * len(layers) * structure_of(teacher).hidden_size * 2
+def _fits(teacher: PreTrainedModel, rows: Dataset, layers: Collection[int], place: Path) -> bool:
+    needed = int(token_counts(rows).sum()) * len(layers) * structure_of(teacher).hidden_size * 2
     existing = next(p for p in (place, *place.parents) if p.exists())
     fits = needed <= SHARE_OF_DISK * shutil.disk_usage(existing).free
     if not fits:
         logger.info("the teacher runs live: its hidden states would take %.1f GB of disk", needed / 1e9)
     return fits
-
-
-def _lengths(rows: Dataset) -> np.ndarray:
-    column = rows.select_columns(["input_ids"]).with_format("arrow")[:].column("input_ids")
-    return pc.list_value_length(column).to_numpy()
 
 
 def _write(
@@ -122,11 +123,8 @@ def _write(
     bf16: bool,
     disable_tqdm: bool,
 ) -> None:
-    lengths = _lengths(rows)
+    lengths, columns = token_counts(rows), inputs_of(teacher, rows)
     ends = np.cumsum(lengths, dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    columns = [c for c in rows.column_names if c in PADDED and c not in LABELS]
-    inputs = rows.select_columns(columns).with_format(None)
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -134,12 +132,8 @@ def _write(
     shape = (int(ends[-1]), len(layers), structure_of(teacher).hidden_size)
     states = np.lib.format.open_memmap(part / "states.npy", mode="w+", dtype=np.float16, shape=shape)
     logits: np.ndarray | None = None
-    steps = tqdm(range(0, len(order), batch_size), desc="teacher", unit="batch", leave=False, disable=disable_tqdm)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        for start in steps:
-            chosen = order[start : start + batch_size]
-            columnwise = inputs[chosen.tolist()]
-            batch = collator([dict(zip(columnwise, row)) for row in zip(*columnwise.values())])
+        for chosen, batch in batches_by_length(rows, columns, collator, batch_size, "teacher", disable_tqdm):
             features = capture_features(teacher, {k: batch[k].to(device) for k in columns}, hidden=layers)
             assert features.logits is not None  # it has a classification head
             answers = features.logits.float().cpu().numpy()  # (batch, classes)

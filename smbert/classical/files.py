@@ -20,6 +20,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.pipeline import Pipeline
 from sklearn.tree import DecisionTreeClassifier
 
+from ..checkpoints import put_in_place
 from .features import PairFeatures, count_vectorizers
 
 logger = logging.getLogger(__name__)
@@ -48,24 +49,16 @@ def write_student(folder: str | Path, about: dict[str, Any], write: Callable[[Pa
         raise ValueError(
             f"`folder` must be new, empty or an earlier student, got {folder}. To resolve, choose another name."
         )
-    partial, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
+    partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for old in (partial, previous):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         write(partial)
         files = {str(f.relative_to(partial)): _sha256(f) for f in sorted(partial.rglob("*")) if f.is_file()}
         described = {"schema_version": SCHEMA_VERSION, "scikit_learn": sklearn.__version__, **about, "files": files}
         (partial / ABOUT).write_text(json.dumps(described, indent=1, ensure_ascii=False), encoding="utf-8")
-        if folder.exists():
-            folder.rename(previous)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if previous.exists():
-                previous.rename(folder)
-            raise
+        put_in_place(partial, folder)
     except OSError as error:
         raise OSError(
             f"could not save the student to {folder}: {error}. Its previous contents are intact. "
@@ -73,7 +66,6 @@ def write_student(folder: str | Path, about: dict[str, Any], write: Callable[[Pa
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:

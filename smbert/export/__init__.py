@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import runtime
-from ..checkpoints import load_model
+from ..checkpoints import load_model, put_in_place
 from ..heads import is_finetuned
 from ..inputs import as_tokenizer
 from ..measure import max_positions, size_mb
@@ -150,7 +150,7 @@ def export(
         setting, judged = _first_that_passes(settings, traced, model, batches, partial, manifest, reference)
         shutil.rmtree(workdir)
         _write_manifest(partial, {**manifest, **judged, "setting": setting.to_dict()})
-        _put_in_place(partial, target)
+        put_in_place(partial, target)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -274,20 +274,6 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     files = {name: runtime.sha256(folder / name) for name in (MODEL, TOKENIZER, RUNTIME)}
     text = json.dumps({**manifest, "files": files}, indent=1, ensure_ascii=False)
     (folder / runtime.MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    previous = target.with_name(f".{target.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if target.exists():
-        target.rename(previous)
-    try:
-        partial.rename(target)
-    except OSError:
-        if previous.exists():
-            previous.rename(target)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _refusal(reference: Reference, attempts: Sequence[dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ from ..objectives import (
 )
 from ..surgery import structure_of
 from ..teacher import cached_logits, join_unlabelled, with_teacher_logits
-from ..teacher_states import ROW, TeacherStates, worth_keeping
+from ..teacher_states import ROW, TeacherStates
 from ..trainer import Distillation
 from ..vocab import with_pieces_of
 from .base import Outline, TrainingStage, as_text, build
@@ -145,7 +145,7 @@ class Distill(TrainingStage):
         if live and not labelled_before and not objective.needs.teacher_qkv:
             steps = self.max_steps if self.max_steps > 0 else self.epochs * len(rows) / self.batch_size
             layers, passes = objective.needs.teacher_hidden, steps * self.batch_size / len(rows)
-            if worth_keeping(teacher, rows, layers, passes, workdir):
+            if passes > 1:
                 states = TeacherStates.compute(
                     on_device(teacher),
                     rows,
