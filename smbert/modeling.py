@@ -41,6 +41,7 @@ class Family:
         shared_head_bias: one position bias with a column per unpruned head serves all layers, so the numbers of the
             heads that a layer keeps must be known.
         fixed_first_layer: layer 0 is built differently from the others, so no other layer can take its place.
+        pre_norm: norms stand in front of the sub-layers, so that nothing normalises the sum of output and residual.
     """
 
     model_type: str
@@ -58,6 +59,7 @@ class Family:
     gated: bool = False
     shared_head_bias: bool = False
     fixed_first_layer: bool = False
+    pre_norm: bool = False
 
     def get(self, layer: nn.Module, part: str) -> nn.Module:
         """The module of a layer that plays `part`, as in `family.get(layer, "ffn_out")`."""
@@ -124,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         fused_qkv=True,
         gated=True,
         fixed_first_layer=True,
+        pre_norm=True,
     ),
 }
 

@@ -50,7 +50,7 @@ class Settings:
     Attributes:
         levels: FFN sizes are multiples of 1 / levels of the widest layer, and a half and a quarter of the smallest of them.
         multiple_of: and they are rounded up to multiples of it.
-        damping: see `reconstruct.damped`.
+        damping: see `reconstruct.damping_of`.
     """
 
     levels: int = 16

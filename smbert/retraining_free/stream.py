@@ -169,7 +169,7 @@ class Stream:
                     inputs, outputs = (torch.cat(tensors, 1) for tensors in zip(*seen[part]))
                     if part == "attention_output":
                         residual = state
-                    elif self.family.fixed_first_layer:  # norms in front of the sub-layers: nothing normalises the sum
+                    elif self.family.pre_norm:  # what the feed-forward part reads is normed already
                         residual = state + seen["attention_output"][0][1]
                     else:
                         residual = torch.cat(read, 1)
