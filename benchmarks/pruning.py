@@ -3,8 +3,8 @@
     python benchmarks/pruning.py --model FINETUNED_DIR --task mrpc --data-dir DIR --output DIR
 
 WHY without retraining: training hides what pruning has broken, and here nothing does. WHY the same rows: all methods see the same
-random training rows; magnitude sees none, and only taylor, fisher and torch-pruning see their labels. Every method may remove whole
-sub-layers.
+random training rows; magnitude sees none, and only taylor, fisher and torch-pruning (Taylor and Hessian) see their labels. Every
+method may remove whole sub-layers.
 
  1. Once: the teacher's metric, and the time of one forward and backward pass over the rows, the unit of all pruning times.
  2. Per method and budget (a cell): prune, and score the whole validation split. Cells of obs share one database of sizes; its time
@@ -44,9 +44,9 @@ from smbert.surgery import structure_of
 from smbert.tasks import load_task
 from smbert.teacher import model_fingerprint
 
-SCORERS = ("magnitude", "taylor", "taylor_kl", "torch_pruning", "fisher")
+SCORERS = ("magnitude", "taylor", "taylor_kl", "torch_pruning", "torch_pruning_hessian", "fisher")
 METHODS = {"mask search": "fisher", "k-prune": "kprune", "obs": "obs"}
-LABELLED = ("taylor", "torch_pruning", "fisher")
+LABELLED = ("taylor", "torch_pruning", "torch_pruning_hessian", "fisher")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -154,15 +154,7 @@ def taylor_kl(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], **op
     )
 
 
-@torch.enable_grad()
-def torch_pruning(
-    model: PreTrainedModel,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    autocast: torch.dtype | None = None,
-    reduce: Reduce | None = None,
-    **_: Any,
-) -> Scores:
+def torch_pruning(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], **options: Any) -> Scores:
     """torch-pruning's GroupTaylorImportance over the groups of its own dependency graph, with labels.
 
     It needs the gradients of the weights, and so works on a copy of the model. Importance is summed over a head's
@@ -171,43 +163,76 @@ def torch_pruning(
     Raises:
         ValueError: torch-pruning gets the groups of this family wrong.
     """
+    return _from_groups("torch_pruning", "GroupTaylorImportance", model, batches, **options)
+
+
+def torch_pruning_hessian(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], **options: Any) -> Scores:
+    """torch-pruning's GroupHessianImportance (optimal brain damage: w^2 times the mean of squared gradients), likewise.
+
+    Squares do not add up over a batch, so every sample has a backward pass of its own: several times slower than the others.
+    The squares are summed here because `accumulate_grad` of torch-pruning 1.6.1 keeps those of the last call only.
+    """
+    scores = _from_groups("torch_pruning_hessian", "GroupHessianImportance", model, batches, squared=True, **options)
+    return replace(scores, exponent=1)
+
+
+@torch.enable_grad()
+def _from_groups(
+    name: str,
+    importance: str,
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    squared: bool = False,
+    autocast: torch.dtype | None = None,
+    reduce: Reduce | None = None,
+    **_: Any,
+) -> Scores:
+    """An importance of torch-pruning, which reads mean gradients (or, if `squared`, mean squares of them) off the weights."""
     structure = structure_of(model)
     family, size = structure.family, structure.head_dim
     if family.model_type not in TORCH_PRUNING_FAMILIES:
         raise ValueError(
-            f"`scorer` must not be torch_pruning for the family {family.model_type}, whose groups torch-pruning gets wrong; "
+            f"`scorer` must not be {name} for the family {family.model_type}, whose groups torch-pruning gets wrong; "
             f"it is right for {', '.join(TORCH_PRUNING_FAMILIES)}. To resolve, use taylor, taylor_kl, fisher or magnitude."
         )
     import torch_pruning as tp
 
-    twin = copy.deepcopy(model).eval().requires_grad_(True)
-    parameters = list(twin.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    layers = encoder_layers(twin)
+    # Of weights alone, since the importances leave biases out.
+    weights = [m.weight for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    for weight in weights:
+        weight.requires_grad_(True).grad = torch.zeros_like(weight)
+    sums = [torch.zeros_like(weight) for weight in weights]
     samples = torch.zeros(1, dtype=torch.float64)
     for batch in batches:
-        inputs, labels = _split(batch, model.device)
-        with _autocast(model, autocast):
-            losses = label_losses("torch_pruning", twin, inputs, labels)
-        losses.sum().backward()
-        samples += len(losses)
+        for some in _one_by_one(batch) if squared else [batch]:
+            inputs, labels = _split(some, model.device)
+            with _autocast(model, autocast):
+                losses = label_losses(name, twin, inputs, labels)
+            for total, gradient in zip(sums, torch.autograd.grad(losses.sum(), weights, allow_unused=True)):
+                if gradient is not None:  # query and key of a sub-layer without heads
+                    total += gradient.square() if squared else gradient
+            samples += len(losses)
     samples = _total(samples, reduce)
-    for parameter in parameters:
-        assert parameter.grad is not None  # set above
-        parameter.grad = (reduce(parameter.grad) if reduce else parameter.grad) / samples.item()
+    for weight, total in zip(weights, sums):
+        weight.grad = (reduce(total) if reduce else total) / samples.item()
     tokens = torch.full((1, 8), min(5, structure.vocab_size - 1), device=model.device)
     example = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    graph = tp.DependencyGraph().build_dependency(twin, example, output_transform=lambda out: out[0].sum())
-    importance = tp.importance.GroupTaylorImportance(normalizer=None)
+    graph = tp.DependencyGraph().build_dependency(
+        twin.requires_grad_(True), example, output_transform=lambda out: out[0].sum()
+    )
+    measure = getattr(tp.importance, importance)(normalizer=None)
     heads: list[Tensor] = []
     ffn: list[Tensor] = []
-    for layer, (n_heads, n_ffn) in zip(encoder_layers(twin), structure.layer_widths):
+    for layer, (n_heads, n_ffn) in zip(layers, structure.layer_widths):
         for part, units, scores in (("attention_output", n_heads * size, heads), ("ffn_out", n_ffn, ffn)):
             if units == 0:
                 scores.append(torch.zeros(0, dtype=torch.float64))
                 continue
             group = graph.get_pruning_group(family.get(layer, part), tp.prune_linear_in_channels, list(range(units)))
-            scores.append(importance(group).double().cpu())  # (units,)
+            scores.append(measure(group).double().cpu())  # (units,)
         heads[-1] = heads[-1].reshape(n_heads, size).sum(1)
     return Scores(heads, ffn, int(samples))
 
@@ -218,6 +243,7 @@ SCORERS: dict[str, Callable[..., Scores]] = {
     "taylor_kl": taylor_kl,
     "fisher": fisher,
     "torch_pruning": torch_pruning,
+    "torch_pruning_hessian": torch_pruning_hessian,
 }
 
 
@@ -334,6 +360,13 @@ def _split(batch: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Te
     tensors = {key: value.to(device) for key, value in dict(batch).items() if isinstance(value, Tensor)}
     labels = {"labels" if key == "label" else key: tensors.pop(key) for key in LABELS if key in tensors}
     return tensors, labels
+
+
+def _one_by_one(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """The samples of a batch as batches of one."""
+    tensors = {key: value for key, value in dict(batch).items() if isinstance(value, Tensor)}
+    for row in range(len(next(iter(tensors.values())))):
+        yield {key: value[row : row + 1] for key, value in tensors.items()}
 
 
 def _autocast(model: PreTrainedModel, dtype: torch.dtype | None) -> Any:

@@ -24,7 +24,7 @@ CASES = [
     (family, scorer)
     for family in FAMILIES
     for scorer in SCORERS
-    if scorer != "torch_pruning" or family in TORCH_PRUNING_FAMILIES
+    if not scorer.startswith("torch_pruning") or family in TORCH_PRUNING_FAMILIES
 ]
 
 
@@ -99,6 +99,25 @@ def test_planted_useless_units_have_the_lowest_score(family, scorer):
     scores = score(model, [labelled(model)], scorer)
     assert all(layer.argmin() == 2 and layer[2] < layer.median() for layer in scores.heads)
     assert all(layer.argmin() == 37 and layer[37] < layer.median() for layer in scores.ffn)
+
+
+def test_hessian_is_weights_squared_times_the_mean_of_squared_gradients():
+    """Against autograd sample by sample: torch-pruning averages over what a unit reads and writes with, per head dimension."""
+    model = tiny("bert")
+    inputs, layer = labelled(model), encoder_layers(model)[1]
+    parts = [layer.intermediate.dense.weight, layer.output.dense.weight]
+    parts += [m.weight for m in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value)]
+    parts += [layer.attention.output.dense.weight]
+    squares = [torch.zeros_like(p) for p in parts]
+    for sample in one_by_one(inputs):
+        for total, gradient in zip(squares, torch.autograd.grad(model(**sample).loss, parts)):
+            total += gradient.square() / 6
+    read, write, *qkv, out = [(p.square() * square).detach().double() for p, square in zip(parts, squares)]
+    found = score(model, [inputs], "torch_pruning_hessian")
+    torch.testing.assert_close(found.ffn[1], (read.sum(1) + write.sum(0)) / 2, rtol=1e-4, atol=1e-12)
+    rows = (sum(part.sum(1) for part in qkv) + out.sum(0)) / 4
+    torch.testing.assert_close(found.heads[1], rows.reshape(4, 8).sum(1), rtol=1e-4, atol=1e-12)
+    assert found.exponent == 1
 
 
 def test_magnitude_of_fused_and_gated_projections_belongs_to_the_right_unit():
@@ -240,7 +259,7 @@ def test_autocast_keeps_the_scores():
     assert close(rough, exact, 0.05)
 
 
-@pytest.mark.parametrize("scorer", [*GRADIENT, "torch_pruning"])
+@pytest.mark.parametrize("scorer", [*GRADIENT, "torch_pruning", "torch_pruning_hessian"])
 def test_reduce_sums_before_the_scores_are_made(scorer):
     model = tiny("bert")
     inputs = labelled(model)
@@ -297,7 +316,7 @@ def test_two_processes_get_the_same_scores(tmp_path):
     torch.testing.assert_close(first, flat(score(model, [labelled(model)])), rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("scorer", ["taylor", "fisher", "torch_pruning"])
+@pytest.mark.parametrize("scorer", ["taylor", "fisher", "torch_pruning", "torch_pruning_hessian"])
 def test_missing_or_impossible_labels_are_named(scorer):
     model = tiny("bert")
     with pytest.raises(ValueError, match=r"`labels`.*no labels at all.*taylor_kl"):
@@ -314,6 +333,7 @@ def test_missing_or_impossible_labels_are_named(scorer):
         (lambda m: score(m, [batch(m)], "taylor_kl", temperature=0.0), r"`temperature` must be a positive number"),
         (lambda m: score(tiny("bert", "encoder"), [labelled(m)]), r"task head, got BertModel.*taylor_kl"),
         (lambda m: score(tiny("modernbert"), [labelled(m)], "torch_pruning"), r"modernbert.*To resolve, use taylor"),
+        (lambda m: score(tiny("mpnet"), [labelled(m)], "torch_pruning_hessian"), r"be torch_pruning_hessian .* mpnet"),
     ],
 )
 def test_errors_say_what_to_do(call, message):

@@ -27,6 +27,10 @@ _SHARE = 0.2  # of the coefficients that change at a time
 Loss = Callable[[Widths], float]
 
 
+class BudgetOutOfReach(ValueError):
+    """No sizes of this model fit the budget."""
+
+
 @dataclass(frozen=True)
 class Options:
     """The sizes that one sub-layer can have.
@@ -156,7 +160,7 @@ def find_sizes(
         seed: of the search.
 
     Raises:
-        ValueError: no sizes fit; the message says the smallest cost that can be reached.
+        BudgetOutOfReach: no sizes fit; the message says the smallest cost that can be reached.
     """
     check_reachable(options, table, budget)
     room = budget - table.fixed
@@ -198,7 +202,7 @@ def find_sizes(
 
 
 def check_reachable(options: Sequence[Options], table: CostTable, budget: float) -> None:
-    """Raises ValueError with the smallest reachable cost where the budget is below it."""
+    """Raises BudgetOutOfReach with the smallest reachable cost where the budget is below it."""
     least = table.fixed + sum(min(option.costs) for option in options)
     if least > budget:
         shown = (
@@ -206,7 +210,7 @@ def check_reachable(options: Sequence[Options], table: CostTable, budget: float)
             if table.name != "latency_ms"
             else (f"{least:.4g}", f"{budget:.4g}")
         )
-        raise ValueError(
+        raise BudgetOutOfReach(
             f"`{table.name}` must be at least {shown[0]}, the smallest that this model reaches by its heads and neurons, got "
             f"{shown[1]}. To resolve, allow more, or remove layers or vocabulary first."
         )

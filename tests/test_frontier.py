@@ -1,0 +1,392 @@
+"""benchmarks/frontier.py, its peers and recipes/frontier.py on tiny models: every method in every cell, resumed, and told what is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import random
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import NOISE, TELLING
+from datasets import Dataset
+from run_helpers import raw_checkpoint, splits, tiny_context, tiny_tokenizer
+from safetensors.torch import save_file
+from tiny_models import tiny
+from transformers import PreTrainedTokenizerFast
+
+from smbert.checkpoints import load_model, save_model
+from smbert.measure import macs
+from smbert.recipe import Recipe
+from smbert.report import Report
+from smbert.retraining_free.cost_table import CostTable, counted_costs
+from smbert.retraining_free.search import BudgetOutOfReach, check_reachable
+from smbert.stages import DepthReduction, Distill, Finetune, RetrainingFreePruning
+from smbert.surgery import PruningPlan, keep_layers, keep_units, structure_of
+from smbert.target import Sizes
+from smbert.trainer import SmbertTrainer
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+FAMILY = """
+name: tiny family
+max_length: 32
+teacher: {max_steps: 2, batch_size: 8}
+stages:
+  - {kind: retraining_free, speedup: 9, samples: 16, batch_size: 8, calibration: 8, search_steps: 0, ffn_levels: 4}
+  - {kind: distill, max_steps: 2, batch_size: 8, objectives: [{kind: logits}, {kind: hidden}]}
+"""
+PAPER = """
+name: tiny paper
+max_length: 32
+stages:
+  - {kind: depth_reduction, layers: 1/2, max_steps: 30, batch_size: 8}
+  - {kind: width_pruning, heads: 1/2, ffn: 1/2, samples: 8}
+  - {kind: distill, max_steps: 10, batch_size: 8, objectives: [{kind: logits}]}
+"""
+
+
+def module(name: str) -> Any:
+    """A script below benchmarks/, imported by its name as the scripts import each other."""
+    return importlib.import_module(name)
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in ("frontier", "frontier_methods", "frontier_peers"):
+        sys.modules.pop(name, None)
+
+
+def by_macs(models: Mapping[str, Any], shapes: Any, **_: Any) -> dict[str, dict[str, dict[str, float]]]:
+    """A machine on which a multiply-accumulate takes a millisecond."""
+    return {
+        n: {f"{b}x{s}": {"p50": float(macs(m)), "p95": float(macs(m))} for b, s in shapes} for n, m in models.items()
+    }
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = importlib.import_module("smbert.stages.retraining_free")
+
+    def table(model: Any, heads: Any, ffn: Any, *_: Any, **__: Any) -> CostTable:
+        return replace(counted_costs(model, "macs", heads, ffn), name="latency_ms")
+
+    def measured(_: Any, model: Any, pruned: Any, costs: CostTable) -> dict[str, float]:
+        before, after = (costs.total(structure_of(m).layer_widths) for m in (model, pruned))
+        return {"predicted": after, "measured": after, "before": before, "speedup": before / after}
+
+    monkeypatch.setattr(stage, "latency_table", table)
+    monkeypatch.setattr(RetrainingFreePruning, "_measured", measured)
+    compress = importlib.import_module("smbert.compress")  # by its entry: the name smbert.compress is the function's
+    monkeypatch.setattr(compress, "latency", by_macs)
+    monkeypatch.setattr(compress, "with_int8_teacher", lambda models, *_: (dict(models), []))
+    monkeypatch.setattr(module("frontier_methods"), "latency", by_macs)
+    monkeypatch.setattr("smbert.report.draw", lambda aggregates: b"plot")
+
+
+@pytest.fixture
+def command(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Two speed-ups of one task with one seed; the small checkpoint has a tokenizer of its own."""
+    encoder, rng = tiny("bert", head="encoder", max_position_embeddings=132), random.Random(0)
+    encoder.save_pretrained(tmp_path / "raw")
+    tokenizer.save_pretrained(tmp_path / "raw")
+    keep_layers(encoder, [0]).save_pretrained(tmp_path / "mini")
+    tiny_tokenizer().save_pretrained(tmp_path / "mini")
+    (tmp_path / "data" / "rte").mkdir(parents=True)
+    for split, n in (("train", 40), ("validation", 12)):
+        texts = [[" ".join(rng.choices(NOISE + TELLING[i % 2], k=5)) for i in range(n)] for _ in range(2)]
+        rows = {"sentence1": texts[0], "sentence2": texts[1], "label": [i % 2 for i in range(n)]}
+        Dataset.from_dict(rows).to_parquet(str(tmp_path / "data" / "rte" / f"{split}.parquet"))
+    (tmp_path / "family.yaml").write_text(FAMILY)
+    (tmp_path / "paper.yaml").write_text(PAPER)
+    return [
+        "--model", str(tmp_path / "raw"), "--tasks", "rte", "--data-dir", str(tmp_path / "data"), "--speedups", "2,6",
+        "--max-train-samples", "24", "--recipe", str(tmp_path / "family.yaml"), "--paper-recipe", str(tmp_path / "paper.yaml"),
+        "--set", "distill.max_steps=3", "--disable-tqdm", "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+
+
+def fake_peer(name: str, python: str, out: Path, *arguments: Any) -> dict[str, Any]:
+    """What the two peers would leave: TextBrewer a folder, TextPruner weights and the logits that they give."""
+    given = dict(zip(arguments[::2], arguments[1::2]))
+    record: dict[str, Any] = {"seconds": 1.0}
+    if name == "textbrewer":
+        shutil.copytree(given["--student"], out)
+        record["steps"] = given["--steps"]
+    else:
+        teacher = load_model(given["--teacher"])
+        heads, ffn = tuple(range(4))[-given["--heads"] :], tuple(range(64))[-given["--ffn"] :]
+        pruned = keep_units(teacher, PruningPlan((heads,) * 4, (ffn,) * 4))
+        out.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in pruned.state_dict().items()}, out / "weights.safetensors")
+        row = json.loads(Path(given["--validation"]).read_text().splitlines()[0])
+        ids = {k: torch.tensor([v]) for k, v in row.items() if k != "labels"}
+        record["logits"] = pruned(**ids).logits.tolist()
+    (out / "peer.json").write_text(json.dumps(record))
+    return record
+
+
+def test_every_method_in_every_cell_and_resumed(
+    quick: None,
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    frontier, methods, out = module("frontier"), module("frontier_methods"), tmp_path / "out"
+    monkeypatch.setattr(methods, "run_peer", fake_peer)
+    monkeypatch.setattr(frontier, "absent", lambda name, python: None)
+    command += ["--peer-python", "some-python"]
+    assert frontier.main(command) == 0
+    assert "small was left out: no small checkpoint was named" in capsys.readouterr().err
+    report = Report.read(out)
+    rows = {row.name: row for row in report.rows}
+    assert {f"{name} 2x" for name in methods.SIZED} <= set(rows)
+    # Four layers cannot be six times fewer, and one head of four in each layer is no sixth either.
+    reached = {f"{name} 6x" for name in ("smbert", "paper-recipe", "truncated", "textbrewer")}
+    assert {name for name in rows if name.endswith(" 6x")} == reached
+    notes = "\n".join(report.notes)
+    assert "rte, seed 0, 6x: theseus has no row: no shape (of whole layers) reaches 6x" in notes
+    assert "textpruner has no row: no shape (of all layers, narrower)" in notes
+    assert "rte 2x: 3; rte 6x: 6" in notes and "frontier.png" in notes
+    for row in report.rows:
+        if row.name.endswith("x"):
+            assert row.speedup["32x128"] >= float(row.name.split()[-1][:-1])
+            assert row.retention == pytest.approx(row.metric / rows["teacher"].metric) and row.params_total and row.macs
+    assert rows["teacher"].speedup["32x128"] == 1 and rows["majority class"].metric == 0.5
+    assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    # As many steps for everybody: one recovery at the first speed-up, two at the second.
+    steps = {
+        folder.name: sum(json.loads(f.read_text()).get("optimiser_steps", 0) for f in folder.glob("[0-9]*/stage.json"))
+        for folder in [*(out / "rte-0").glob("*-[26]x"), *(out / "rte-0" / "family").glob("*x")]
+    }
+    peers = {"textbrewer-2x": 0, "textbrewer-6x": 0}  # it trains in its own process
+    own = {f"{n}-2x": 3 for n in ("paper-recipe", "theseus", "truncated", "textpruner")}
+    assert steps == {**peers, **own, "paper-recipe-6x": 6, "truncated-6x": 6, "2x": 3, "6x": 3}
+    taught = [
+        json.loads((out / "rte-0" / f"textbrewer-{s}x" / "student" / "peer.json").read_text())["steps"] for s in (2, 6)
+    ]
+    assert taught == [3, 6]
+
+    # The small checkpoint comes with a second command, and nothing else is made again.
+    monkeypatch.setattr(methods, "run_peer", None)
+    monkeypatch.setattr(frontier, "draw", lambda *_: None)
+    command += ["--small-model", str(tmp_path / "mini")]
+    assert frontier.main(command) == 0
+    again = Report.read(out)
+    added = [row for row in again.rows if row.name.startswith("mini")]
+    assert [row.name for row in added] == ["mini, fine-tuned", "mini, taught"]
+    assert all(row.speedup["32x128"] == pytest.approx(4) and row.retention is not None for row in added)
+    assert [row for row in again.rows if row not in added] == report.rows
+    for name in ("mini-fine-tuned", "mini-taught"):
+        record = json.loads((out / "rte-0" / name / "01-training" / "stage.json").read_text())
+        assert record["optimiser_steps"] == 6 and record["train_rows"] == 24
+
+    monkeypatch.setattr(frontier, "cell", None)
+    monkeypatch.setattr(SmbertTrainer, "train", None)
+    assert frontier.main(command) == 0
+    assert Report.read(out).rows == again.rows
+    capsys.readouterr()
+    assert frontier.main([*command, "--set", "distill.max_steps=4"]) == 2
+    error = capsys.readouterr().err
+    assert "other settings (recipe)" in error and "To resolve" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--methods", "smbert,lottery"], "`--methods` must be among smbert, paper-recipe"),
+        (["--speedups", "fast"], "`--speedups`"),
+        (["--speedups", "1,2"], "`--speedups` must be above 1"),
+        (["--recipe", "smbert", "--set", "max_length=32"], "exactly one retraining_free stage"),
+        (["--tasks", "rte,poetry"], "poetry"),
+    ],
+)
+def test_tells_what_is_wrong_before_any_work(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], told: str
+) -> None:
+    assert module("frontier").main([*command, "--methods", "smbert", *change]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "To resolve" in error and not (tmp_path / "out").exists()
+
+
+def test_a_cell_is_made_again_only_for_a_new_method(tmp_path: Path) -> None:
+    cells, file = module("frontier").cells, tmp_path / "cells" / "rte-0-2x.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"methods": ["smbert", "theseus"]}))
+    assert cells(tmp_path, "rte", 0, ["theseus"], [2.0], None) == []
+    assert cells(tmp_path, "rte", 0, ["truncated", "small"], [2.0], "hub/mini") == [
+        (file, ["smbert", "theseus", "truncated"], 2.0),
+        (tmp_path / "cells" / "rte-0-mini.json", ["small"], 2.0),
+    ]
+
+
+def test_a_member_out_of_reach_is_skipped_and_other_errors_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods, context = module("frontier_methods"), tiny_context(tmp_path)
+    with pytest.raises(BudgetOutOfReach, match="must be at least") as unreachable:
+        check_reachable([], CostTable("latency_ms", 10, {}, {}), 5)
+    bench = methods.Bench(tmp_path, tiny("bert"), context, splits(), Recipe(()), Recipe(()), [2.0, 4.0], {})
+
+    def fails_with(error: Exception) -> Any:
+        def family(*_: Any, output_dir: Path, **__: Any) -> None:
+            save_model(tiny("bert"), output_dir / "2x" / "model")
+            raise error
+
+        return family
+
+    monkeypatch.setattr(methods, "compress_family", fails_with(unreachable.value))
+    assert structure_of(methods.smbert(bench, 2.0).model).num_layers == 4
+    with pytest.raises(methods.Skipped, match="must be at least"):
+        methods.smbert(bench, 4.0)
+    monkeypatch.setattr(methods, "compress_family", fails_with(ValueError("the folder was made with other settings")))
+    with pytest.raises(ValueError, match="other settings"):
+        methods.smbert(bench, 4.0)
+
+
+def test_steps_are_shared_out_as_the_recipe_shares_them() -> None:
+    methods = module("frontier_methods")
+    assert methods.steps_of(Finetune(epochs=1.5, batch_size=8), 20) == 5  # three batches an epoch
+    assert methods.steps_of(Finetune(epochs=2, batch_size=8, max_train_samples=8), 20) == 2
+    assert methods.steps_of(Finetune(max_steps=7), 20) == 7
+    chain = Recipe((DepthReduction(max_steps=250, slope=0.1), Distill(max_steps=450), Finetune(max_steps=50)))
+    depth, distill, last = methods.with_steps(chain, 15, 100).stages
+    assert [s.max_steps for s in (depth, distill, last)] == [5, 9, 1] and depth.slope is None
+    assert [s.max_steps for s in methods.with_steps(chain, 1, 100).stages] == [1, 1, 1]
+
+
+def test_shapes_are_the_largest_that_are_fast_enough_and_are_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods, model = module("frontier_methods"), tiny("bert")
+    monkeypatch.setattr(methods, "latency", by_macs)
+    found = methods.shapes_for(model, [2.0, 4.0, 9.0], tmp_path / "shapes.json")
+    assert found["depth"] == {2.0: Sizes(2, 4, 64), 4.0: Sizes(1, 4, 64), 9.0: None}
+    assert found["width"][2.0] == Sizes(4, 2, 32) and found["width"][9.0] is None
+    whole, cut = macs(model), methods.cut_to
+    for speedup in (2.0, 4.0):
+        assert macs(cut(model, found["uniform"][speedup])) <= whole / speedup
+    assert macs(cut(model, found["uniform"][2.0])) == whole / 2
+    monkeypatch.setattr(methods, "latency", None)
+    assert methods.shapes_for(model, [2.0, 4.0, 9.0], tmp_path / "shapes.json") == found
+
+
+# --------------------------------------------------------------------------------------------------------------------- peers
+
+
+def test_a_peer_that_is_not_there_or_fails_is_named(tmp_path: Path) -> None:
+    peers = module("frontier_peers")
+    assert peers.absent("json", sys.executable) is None
+    for name, python, hint in (
+        ("textpruner", None, "--peer-python"),
+        ("textpruner", "/no/such/python", "--peer-python"),
+    ):
+        assert f"{name} is not installed. To resolve" in peers.absent(name, python) and hint in peers.absent(
+            name, python
+        )
+    with pytest.raises(ValueError, match=r"textbrewer failed: .*To resolve, run it alone: .*--output"):
+        peers.run_peer("textbrewer", sys.executable, tmp_path / "out", "--no-such-flag", 1)
+
+
+def test_textbrewer_teaches_a_student_in_a_process_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("textbrewer")
+    peers, context = module("frontier_peers"), tiny_context(tmp_path)
+    teacher = tiny("bert")
+    student = keep_units(keep_layers(teacher, [0, 1]), PruningPlan(((0, 1, 2),) * 2, (tuple(range(16)),) * 2))
+    save_model(teacher, tmp_path / "teacher")
+    save_model(student, tmp_path / "student")
+    rows = peers.rows_file(context, "train", tmp_path)
+    arguments = ("--teacher", tmp_path / "teacher", "--student", tmp_path / "student", "--train", rows, "--steps", 5)
+    record = peers.run_peer("textbrewer", sys.executable, tmp_path / "out", *arguments, "--batch-size", 8)
+    assert record["steps"] == 5 and record["peer"].startswith("textbrewer")
+    taught = load_model(tmp_path / "out")
+    assert structure_of(taught).layer_widths == ((3, 16), (3, 16))
+    # Five steps at that learning rate bring its answers nearer to the teacher's, and leave the teacher as it was.
+    batch = {k: v for k, v in context.collator(list(context.data.train)).items() if k != "labels"}
+    with torch.no_grad():
+        before, after = ((m(**batch).logits - teacher(**batch).logits).square().mean() for m in (student, taught))
+    assert after < before
+    assert not list((tmp_path / "out").glob("*.pkl"))
+
+
+def stub_of_textpruner(asked: dict[str, Any]) -> ModuleType:
+    """Its names as they are in 1.1.post2; the pruner keeps the last heads and neurons of BERT, in place, as the real one would."""
+    stub = ModuleType("textpruner")
+    stub.__version__ = "0"  # type: ignore[attr-defined]
+
+    class TransformerPruner:
+        def __init__(self, model: Any, transformer_pruning_config: Any, general_config: Any) -> None:
+            self.model = model
+
+        def prune(self, dataloader: Any, save_model: bool) -> None:
+            asked["rows"] = sum(len(batch["labels"]) for batch in dataloader)
+            heads, ffn = asked["target_num_of_heads"], asked["target_ffn_size"]
+            plan = PruningPlan((tuple(range(4))[-heads:],) * 4, (tuple(range(64))[-ffn:],) * 4)
+            self.model.bert = keep_units(self.model, plan).bert
+
+    def config(**values: Any) -> None:
+        asked.update(values)
+
+    stub.TransformerPruner, stub.TransformerPruningConfig, stub.GeneralConfig = TransformerPruner, config, config  # type: ignore[attr-defined]
+    return stub
+
+
+def test_textpruners_weights_answer_here_as_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers, context, asked = module("frontier_peers"), tiny_context(tmp_path), dict[str, Any]()
+    monkeypatch.setitem(sys.modules, "textpruner", stub_of_textpruner(asked))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script takes its own folder away
+    spec = importlib.util.spec_from_file_location("peers_textpruner", BENCHMARKS / "peers" / "textpruner.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    teacher = tiny("bert")
+    save_model(teacher, tmp_path / "teacher")
+    files = [peers.rows_file(context, split, tmp_path) for split in ("train", "validation")]
+    argv = ["--teacher", tmp_path / "teacher", "--heads", 2, "--ffn", 24, "--train", files[0], "--validation", files[1]]
+    assert script.main([*map(str, argv), "--output", str(tmp_path / "pruned")]) == 0
+    assert asked["pruning_method"] == "iterative" and asked["n_iters"] == 4 and asked["rows"] == 32
+    record = json.loads((tmp_path / "pruned" / "peer.json").read_text())
+    sizes = Sizes(4, 2, 24)
+    model = peers.with_weights(tmp_path / "pruned", teacher, sizes, context, record["logits"])
+    assert structure_of(model).layer_widths == ((2, 24),) * 4
+    assert context.evaluate(model)["accuracy"] == pytest.approx(record["metrics"]["accuracy"])
+    with pytest.raises(ValueError, match="answer differently here"):
+        peers.with_weights(tmp_path / "pruned", teacher, sizes, context, (torch.tensor(record["logits"]) + 1).tolist())
+
+
+# -------------------------------------------------------------------------------------------------------------------- recipe
+
+
+def test_the_recipe_runs_with_the_numbers_of_its_yaml(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = importlib.util.spec_from_file_location("recipe_frontier", ROOT / "recipes" / "frontier.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert "WHY these steps" in script.__doc__ and len((ROOT / "recipes" / "frontier.py").read_text().splitlines()) < 45
+    model, data, out = raw_checkpoint(tmp_path / "model"), splits(), tmp_path / "out"
+    for name in ("train", "validation"):
+        data[name].to_csv(tmp_path / f"{name}.csv", index=False)
+    short = ["teacher.max_steps=1", "distill.max_steps=1"]
+    short += [f"retraining_free.{key}" for key in ("samples=16", "calibration=8", "search_steps=0", "ffn_levels=4")]
+    argv = [
+        "--model", str(model), "--train-file", str(tmp_path / "train.csv"), "--validation-file", str(tmp_path / "validation.csv"),
+        "--output-dir", str(out), "--disable-tqdm", "--speedups", "1.5", *(w for change in short for w in ("--set", change)),
+    ]  # fmt: skip
+    assert script.recipe_main("frontier", argv) == 0
+    assert "smbert 1.5x" in capsys.readouterr().out
+    made, written = Recipe.from_yaml(out / "1.5x" / "model" / "recipe.yaml"), Recipe.named("frontier")
+    assert made.stages[1] == replace(written.stages[1], max_steps=1)
