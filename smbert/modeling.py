@@ -112,6 +112,7 @@ FAMILIES: dict[str, Family] = {
         attention="attention.attn",
         shared_head_bias=True,
     ),
+    # transformers 5.15 and 5.16 refuse a ModernBERT whose layers are all of one kind (full or sliding attention); 5.17 does not.
     "modernbert": Family(
         model_type="modernbert",
         classes="ModernBert",
