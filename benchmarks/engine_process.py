@@ -27,7 +27,7 @@ def main() -> None:
     spec_file, result_file = (Path(name) for name in sys.argv[1:3])
     spec = json.loads(spec_file.read_text(encoding="utf-8"))
     texts = [tuple(t) if isinstance(t, list) else t for t in spec["texts"]]
-    run, answer, names, mb = (load_torch if spec["engine"].startswith("torch") else load_onnx)(spec)
+    run, answer, names, mb = (load_torch if spec["engine"].startswith("torch") else load_exported)(spec)
     answer(texts[:1], 1)
     result: dict[str, Any] = {
         "first_answer_at": time.time(),
@@ -47,7 +47,9 @@ def main() -> None:
     start = time.perf_counter()
     logits = answer(texts, 32)
     result["texts_per_second"] = len(texts) / (time.perf_counter() - start)
-    result |= {"logits": logits.astype(float).tolist(), "peak_rss_mb": peak_mb()}
+    result |= {"logits": {"32": logits.astype(float).tolist()}, "peak_rss_mb": peak_mb()}
+    for size in spec["parity"]:
+        result["logits"][str(size)] = answer(texts, size).astype(float).tolist()
     result_file.write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -84,7 +86,7 @@ def load_torch(spec: dict[str, Any]) -> tuple[Run, Answer, list[str], float]:
     return run, answer, [n for n in tokenizer.model_input_names if n in ("input_ids", "attention_mask")], mb
 
 
-def load_onnx(spec: dict[str, Any]) -> tuple[Run, Answer, list[str], float]:
+def load_exported(spec: dict[str, Any]) -> tuple[Run, Answer, list[str], float]:
     """An exported folder through the runtime that lies in it."""
     folder = Path(spec["folder"])
     module_spec = importlib.util.spec_from_file_location("runtime", folder / "runtime.py")

@@ -30,6 +30,7 @@ import numpy as np
 from datasets import concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
+from smbert._int8_row import with_int8_teacher
 from smbert.checkpoints import load_model
 from smbert.cli import guarded, pairs
 from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of, undistilled
@@ -72,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pool-samples",
         type=int,
-        help="fill the student's rows up to so many with text: the task's other rows, then the intermediate task's, without labels",
+        help="fill the student's rows up to so many with text: the task's other rows, then --pool-task's, without labels",
     )
+    parser.add_argument("--pool-task", help="whose text fills up (default: the intermediate task's)")
     parser.add_argument("--output", required=True, help="folder for stages, cells and the report")
     parser.add_argument(
         "--student-steps", type=int, help="of the last stage on the tasks themselves (default: the recipe's)"
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--control-steps", type=int, help="of the row without distillation (default: as many as the student's)"
     )
+    parser.add_argument("--no-int8-teacher", action="store_true", help="leave out the row of the teacher in int8")
     parser.add_argument("--no-submissions", action="store_true", help="do not label the official test split")
     parser.add_argument("--disable-tqdm", action="store_true")
     parser.set_defaults(run=run)
@@ -109,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
             if not file.is_file():
                 if args.intermediate and encoder is None:
                     tuned, encoder = compressed_encoder(args, recipe, common, out / args.intermediate)
-                rows = cell(
+                rows, notes = cell(
                     args,
                     name,
                     seed,
@@ -118,9 +121,10 @@ def run(args: argparse.Namespace) -> None:
                     out / f"{name}-{seed}",
                     encoder,
                     tuned if seed in controls else None,
+                    not args.no_int8_teacher,
                 )
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, {"command": command, "environment": environment(), "rows": rows})
+                write_json(file, {"command": command, "environment": environment(), "rows": rows, "notes": notes})
             report = report_of(out, command)
     print(report.markdown())
 
@@ -128,7 +132,8 @@ def run(args: argparse.Namespace) -> None:
 def report_of(out: Path, command: str) -> Report:
     """The report of all cells in the folder, written there."""
     cells = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "cells").glob("*.json"))]
-    report = Report(command=command, environment=cells[-1]["environment"])
+    notes = dict.fromkeys(note for cell in cells for note in cell.get("notes", ()))
+    report = Report(command=command, environment=cells[-1]["environment"], notes=list(notes))
     for row in [Row.from_dict(row) for cell in cells for row in cell["rows"]]:
         report.add(row)
     report.write(out)
@@ -164,7 +169,7 @@ def compressed_encoder(
 
 
 def with_pool(args: argparse.Namespace, recipe: Recipe, context: Context) -> tuple[Recipe, Context]:
-    """The student's rows filled up with text: first the task's own rows that the teacher has not seen, then the intermediate task's.
+    """The student's rows filled up with text: first the task's own rows that the teacher has not seen, then --pool-task's.
 
     None of it carries a label. A task of single texts takes nothing from one of pairs.
     """
@@ -172,8 +177,8 @@ def with_pool(args: argparse.Namespace, recipe: Recipe, context: Context) -> tup
     if args.max_train_samples is not None and args.max_train_samples < len(own):
         own = own.select(range(args.max_train_samples))  # the rows that the teacher saw
     pools = [rest.select(range(len(own), len(rest)))] if len(own) < len(rest) else []
-    if args.intermediate:
-        task, data = load_task(args.intermediate, args.data_dir)
+    if source := args.pool_task or args.intermediate:
+        task, data = load_task(source, args.data_dir)
         if len(task.text_columns) == len(context.data.task.text_columns):
             pools.append(tokenised(task, data, context.tokenizer, recipe.max_length).train.shuffle(seed=context.seed))
     missing = min(args.pool_samples - len(own), sum(map(len, pools)))
@@ -194,8 +199,9 @@ def cell(
     folder: Path,
     encoder: PreTrainedModel | None,
     tuned: PreTrainedModel | None,
-) -> list[dict[str, Any]]:
-    """All rows of one task and seed."""
+    int8_teacher: bool = False,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """All rows of one task and seed, and what the report should say of them."""
     task, data = load_task(name, args.data_dir)
     recipe = limited(recipe, args.max_train_samples)
     context = Context(data=tokenised(task, data, common["tokenizer"], recipe.max_length), seed=seed, **common)
@@ -235,7 +241,11 @@ def cell(
                 folder / "submission" / label.replace(" ", "_").replace(",", ""),
                 recipe.max_length,
             )
-    return [row.to_dict() for row in rows_of(models, context, seconds, data)]
+    timed, notes = models, []
+    if int8_teacher:
+        timed, notes = with_int8_teacher(models, context.tokenizer, folder / "teacher-int8")
+        notes = [f"{note} A cell is measured anew where its file in cells/ is deleted." for note in notes]
+    return [row.to_dict() for row in rows_of(timed, context, seconds, data)], notes
 
 
 def submission(model: PreTrainedModel, task: Any, data: Any, context: Context, folder: Path, max_length: int) -> None:

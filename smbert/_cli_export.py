@@ -12,14 +12,21 @@ def add_parsers(commands: Any) -> None:
 
     parser = commands.add_parser(
         "export",
-        help="write a checkpoint as an ONNX folder that needs no torch",
+        help="write a checkpoint as a folder for ONNX Runtime or OpenVINO that needs no torch",
         description="With data (--task, or --validation-file) the artefact is measured on the validation rows; --max-drop refuses one that "
         "loses more, and tries safer settings: per channel, the sensitive layers in fp32, static ranges, fp32.",
     )
     parser.add_argument("model", help="folder or Hub id of a fine-tuned checkpoint")
     parser.add_argument("--output", help="folder to write (default: MODEL-ENGINE-PRECISION beside a local model)")
-    parser.add_argument("--engine", default="onnx", choices=["onnx"], help="(default: %(default)s)")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "int8"], help="(default: %(default)s)")
+    parser.add_argument(
+        "--engine", default="onnx", choices=["onnx", "openvino"], help="onnx is ONNX Runtime (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=["fp32", "fp16", "bf16", "int8"],
+        help="fp16: onnx only, bf16: openvino only (default: %(default)s)",
+    )
     parser.add_argument(
         "--method",
         default="dynamic",

@@ -166,6 +166,7 @@ def add_compress_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     group.add_argument(
         "--no-baseline", action="store_true", help="leave out the model of the same shape without distillation"
     )
+    group.add_argument("--no-int8-teacher", action="store_true", help="leave out the row of the teacher in int8")
     group.add_argument(
         "--arg", action="append", default=[], metavar="NAME=VALUE", help="a TrainingArguments field, such as bf16=false"
     )
@@ -266,6 +267,7 @@ def run_compress(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "resume": not args.restart,
         "new_head": args.new_head,
+        "int8_teacher": not args.no_int8_teacher,
         "trust_remote_code": args.trust_remote_code,
         "command": command_line(),
     }
@@ -310,6 +312,8 @@ def show_result(result: Any) -> None:
     # Where the output is no terminal rich assumes 80 columns, which would break the table's words.
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(result.report.table())
+    for note in result.report.notes:
+        console.print(note, highlight=False, markup=False)
     if (target := result.report.target) is not None:
         measured = f"{target['measured']:,.0f}" if target["goal"] == "params" else target["measured"]
         console.print(

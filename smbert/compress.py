@@ -12,10 +12,11 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from ._int8_row import Served, with_int8_teacher
 from ._model_card import write_whole
 from ._report_tables import TEACHER
 from .checkpoints import load_model, save_model
-from .context import Context, on_device
+from .context import Context, device_of_run, on_device
 from .heads import check_labels, is_finetuned, with_head
 from .inputs import (
     as_data,
@@ -110,6 +111,7 @@ def compress(
     seed: int = 42,
     resume: bool = True,
     baseline: bool = True,
+    int8_teacher: bool = True,
     new_head: bool = False,
     trust_remote_code: bool = False,
     command: str | None = None,
@@ -137,6 +139,7 @@ def compress(
         seed: of all random choices.
         resume: go on from an earlier run in `output_dir`; False starts over.
         baseline: also train a model of the same shape without distillation, for the report.
+        int8_teacher: also export the teacher in int8, for the report; left out with a note where onnxruntime is not installed.
         new_head: replace a head that was trained on other labels.
         trust_remote_code: run modelling code that comes with the checkpoint.
         command: what the report names as the command that made it.
@@ -217,7 +220,7 @@ def compress(
 
     small, records = run_recipe(chain, begin, context, runner, so_far)
     report.notes = []
-    models = {TEACHER: master, STUDENT: small}
+    models: dict[str, PreTrainedModel] = {TEACHER: master, STUDENT: small}
     contexts = {TEACHER: context, STUDENT: context_at_end(chain, context, runner)}
     tok = contexts[STUDENT].tokenizer
     seconds[STUDENT] = sum(r["seconds"] for r in records)
@@ -231,7 +234,10 @@ def compress(
     if runner.state.is_main_process:
         timed_too = goal is not None and goal.goal != "params" and goal.shape not in SHAPES
         shapes = (*SHAPES, goal.shape) if goal is not None and timed_too else SHAPES
-        for row in rows_of(models, context, seconds, data, shapes, contexts):
+        timed: Mapping[str, PreTrainedModel | Served] = models
+        if int8_teacher:
+            timed, report.notes = with_int8_teacher(models, context.tokenizer, runner.output_dir / "teacher-int8")
+        for row in rows_of(timed, context, seconds, data, shapes, contexts):
             report.add(row)
         if goal is not None:
             named = {row.name: row for row in report.rows}
@@ -277,7 +283,7 @@ def undistilled(recipe: Recipe, small: PreTrainedModel) -> Recipe:
 
 
 def rows_of(
-    models: Mapping[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel | Served],
     context: Context,
     seconds: Mapping[str, float],
     raw: Mapping[str, Dataset] | None = None,
@@ -285,6 +291,8 @@ def rows_of(
     contexts: Mapping[str, Context] | None = None,
 ) -> list[Row]:
     """One report row per model: metric, sizes and latency, all timed in turns in one run; and the majority class.
+
+    What ONNX Runtime serves runs on the CPU, and is not timed against models on a GPU.
 
     Args:
         models: by the name of their row.
@@ -295,16 +303,22 @@ def rows_of(
         contexts: in place of `context` for single models, such as those with another tokenizer.
     """
     task = context.data.task
-    moved = {name: on_device(model) for name, model in models.items()}
+    moved = {name: model if isinstance(model, Served) else on_device(model) for name, model in models.items()}
+    on_cpu = device_of_run().type == "cpu"
     longest = min(max_positions(model) for model in models.values())
     shapes = [(batch, int(min(seq, longest))) for batch, seq in shapes]
-    timed = latency(moved, shapes, disable_tqdm=context.disable_tqdm)
+    together = {name: model for name, model in moved.items() if on_cpu or not isinstance(model, Served)}
+    timed = latency(together, shapes, disable_tqdm=context.disable_tqdm)
     faster = speedups(timed, TEACHER)
     rows = []
     for name, model in moved.items():
-        metrics = (contexts or {}).get(name, context).evaluate(model)
+        metrics = (contexts or {}).get(name, context).evaluate(model)  # type: ignore[arg-type]
         headline = next(iter(metrics))
-        count = count_parameters(model)
+        if isinstance(model, Served):
+            count, stored_mb = count_parameters(models[TEACHER]), model.size_mb
+        else:
+            count = count_parameters(model)
+            stored_mb = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
         rows.append(
             Row(
                 name=name,
@@ -317,9 +331,9 @@ def rows_of(
                 params_encoder=count.encoder,
                 params_embedding=count.embedding,
                 macs=macs(model, 128),
-                size_mb=sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
-                latency_ms=timed[name],
-                speedup=faster[name],
+                size_mb=stored_mb,
+                latency_ms=timed.get(name, {}),
+                speedup=faster.get(name, {}),
                 train_seconds=seconds.get(name),
             )
         )

@@ -79,6 +79,7 @@ def compress_family(
     out = Path(output_dir)
     report = Report(command=command or "smbert.compress_family(...)", environment=environment())
     members: dict[float, CompressionResult] = {}
+    int8_teacher = options.pop("int8_teacher", True)
     prune, place = pruning[0], chain.stages.index(pruning[0])
     teacher, start, whole_ms = options.pop("teacher", None), model, None
     for speedup in sorted(set(speedups)):
@@ -91,10 +92,12 @@ def compress_family(
             teacher=teacher,
             output_dir=out / f"{speedup:g}x",
             baseline=False,
+            int8_teacher=int8_teacher and whole_ms is None,  # the teacher of all members
             command=report.command,
             **options,
         )
         members[speedup] = result
+        report.notes += [note for note in result.report.notes if note not in report.notes]
         if whole_ms is None:
             made = result.output_dir / "00-teacher"
             teacher = teacher or (made if made.is_dir() else model)

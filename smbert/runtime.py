@@ -1,4 +1,4 @@
-"""Answers from an exported folder with onnxruntime, tokenizers and numpy alone: no torch, no transformers, no rest of smbert.
+"""Answers from an exported folder with its engine, tokenizers and numpy alone: no torch, no transformers, no rest of smbert.
 
     from runtime import Classifier          # this file lies in every exported folder; or: from smbert.runtime import Classifier
     classify = Classifier("FOLDER")
@@ -12,7 +12,8 @@ What happens to unusual input: a text longer than the manifest's `max_length` is
 answered like any other, everything but str is a TypeError, and a str that UTF-8 cannot say (lone surrogates, which is what undecodable
 bytes become) is a ValueError. In int8 with dynamic ranges the answer to a text depends a little on its batch, as the ranges do.
 
-This file is self-contained on purpose.
+The engine, onnxruntime or openvino, is the one that the manifest names; the other need not be installed. This file is self-contained
+on purpose.
 """
 
 from __future__ import annotations
@@ -21,34 +22,38 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from tokenizers import Tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 
 Text = str | tuple[str, str]
+# Inputs by name, each (batch, length) int64, to logits (batch, labels).
+Graph = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
 class Classifier:
-    """A classification or regression model behind onnxruntime; may be shared by threads.
+    """A classification or regression model behind its engine; may be shared by threads.
 
     Args:
         folder: written by `smbert export`.
-        threads: CPU threads of one answer; None leaves it to onnxruntime (all physical cores). A service that answers several requests
-            at once is faster with 1 and its own threads.
+        threads: CPU threads of one answer; None leaves it to the engine (all physical cores). A service that answers several requests
+            at once is faster with 1 and its own threads in onnxruntime, and with several processes in openvino, which answers one
+            request after the other.
         batch_size: most texts of one batch. Texts of similar length share a batch, so that little is spent on padding.
-        providers: onnxruntime's execution providers, the preferred first.
+        providers: onnxruntime's execution providers, the preferred first; openvino runs on the CPU.
         verify: compare the files' hashes with the manifest before they are used.
         warm: answer once while loading, so that the first request does not pay for it.
 
     Raises:
-        ValueError: no manifest, one of another format, a missing file, or a file that is not the one that was exported.
+        ValueError: no manifest, one of another format, a missing file, a file that is not the one that was exported, or an engine that
+            is not installed.
     """
 
     def __init__(
@@ -78,13 +83,12 @@ class Classifier:
         self._tokenizer.enable_truncation(
             self.manifest["max_length"], strategy="longest_first", direction=self.manifest["truncation_side"]
         )
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(
-            str(self.folder / self.manifest["model"]), options, providers=list(providers)
+        self._graph = open_graph(
+            self.folder / self.manifest["model"],
+            self.manifest.get("engine", "onnx"),
+            self.manifest.get("setting", {}).get("precision", "fp32"),
+            threads,
+            providers,
         )
         if warm:
             self.logits(["a"] if self._texts_per_row != 2 else [("a", "a")])
@@ -132,7 +136,7 @@ class Classifier:
 
     def infer(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """The model alone: inputs by the manifest's names, each (batch, length) int64, to logits (batch, labels)."""
-        return self._session.run(None, batch)[0]
+        return self._graph(batch)
 
     def _batch(self, encodings: list[Any]) -> dict[str, np.ndarray]:
         """Model inputs, each (batch, longest) int64."""
@@ -188,6 +192,73 @@ class Classifier:
             ]
         best = probabilities.argmax(axis=1)
         return [{"label": self.labels[i], "score": float(row[i])} for i, row in zip(best, probabilities, strict=True)]
+
+
+def open_graph(
+    file: Path,
+    engine: str = "onnx",
+    precision: str = "fp32",
+    threads: int | None = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    spinning: bool = True,
+) -> Graph:
+    """An ONNX file as a function, which threads may share.
+
+    Args:
+        file: the graph.
+        engine: "onnx" for onnxruntime, or "openvino".
+        precision: what openvino computes in; onnxruntime reads it off the graph.
+        threads: CPU threads of one answer; None: all physical cores.
+        providers: onnxruntime only.
+        spinning: onnxruntime only: its threads wait for work in a loop, which is fast, and takes the cores from whoever else needs them.
+
+    Raises:
+        ValueError: an unknown engine, or one that is not installed.
+    """
+    try:
+        if engine == "onnx":
+            return _onnxruntime_graph(file, threads, providers, spinning)
+        if engine == "openvino":
+            return _openvino_graph(file, precision, threads)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the model was exported for {error.name}, which is not installed. To resolve, pip install {error.name}, or "
+            "export it for another engine."
+        ) from None
+    raise ValueError(f"the engine must be onnx or openvino, got {engine!r}. To resolve, export anew with this version.")
+
+
+def _onnxruntime_graph(file: Path, threads: int | None, providers: Sequence[str], spinning: bool) -> Graph:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+    return lambda batch: session.run(None, batch)[0]
+
+
+def _openvino_graph(file: Path, precision: str, threads: int | None) -> Graph:
+    import openvino
+
+    # Unless it is told otherwise, it computes an fp32 graph in bf16 wherever the CPU can.
+    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "NUM_STREAMS": 1}
+    if precision == "int8":  # its default for weights in int8, said so that it stays: one range for 32 activations
+        config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 32
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    model = openvino.Core().compile_model(str(file), "CPU", config)
+    own = threading.local()  # a request is busy until it has answered
+
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        if not hasattr(own, "request"):
+            own.request = model.create_infer_request()
+        return own.request.infer(batch)[0]
+
+    return run
 
 
 FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}

@@ -56,7 +56,8 @@ def main(model: str, out: str) -> None:
     runs = []
     for _ in range(2):  # the second is a resumed one
         result = smbert.compress(
-            model, tiny_recipe(), train_dataset=data["train"], eval_dataset=data["validation"], output_dir=out, args=QUIET, baseline=False
+            model, tiny_recipe(), train_dataset=data["train"], eval_dataset=data["validation"], output_dir=out, args=QUIET, baseline=False,
+            int8_teacher=False,
         )  # fmt: skip
         runs.append(model_fingerprint(result.model))
     loaded = AutoModelForSequenceClassification.from_pretrained(result.model_dir)

@@ -86,6 +86,7 @@ def run(model: Any, out: Path, recipe: Any = None, **changes: Any) -> Compressio
         "output_dir": out,
         "args": QUIET,
         "baseline": False,
+        "int8_teacher": False,  # tests/test_int8_row.py has it
         **changes,
     }
     return compress(model, tiny_recipe() if recipe is None else recipe, **values)

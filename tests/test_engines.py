@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,15 @@ def test_every_engine_in_a_process_of_its_own(engines, data_dir: Path, tmp_path:
     slim.save_pretrained(tmp_path / "small")
     tiny_tokenizer().save_pretrained(tmp_path / "small")
     out = tmp_path / "out"
+    every = ["torch-fp32", "onnx-fp32", "onnx-int8", *(["openvino-int8-static"] if find_spec("openvino") else [])]
     status = engines.main(
-        [f"small={tmp_path / 'small'}", "--engines", "torch-fp32,onnx-fp32,onnx-int8", "--task", "rte", "--data-dir", str(data_dir), "--max-length", "32",
-         "--batches", "1,3", "--lengths", "8,512", "--threads", "1", "--warmup", "0", "--min-runs", "2", "--output", str(out)]
+        [f"small={tmp_path / 'small'}", "--engines", ",".join(every), "--task", "rte", "--data-dir", str(data_dir), "--max-length", "32",
+         "--parity", "1,7", "--batches", "1,3", "--lengths", "8,512", "--threads", "1", "--warmup", "0", "--min-runs", "2", "--output", str(out)]
     )  # fmt: skip
     assert status == 0
     report = json.loads((out / "engines.json").read_text())
     rows = {(row["model"], row["engine"]): row for row in report["rows"]}
-    assert list(rows) == [("small", e) for e in ("torch-fp32", "onnx-fp32", "onnx-int8")]
+    assert list(rows) == [("small", engine) for engine in every]
     for row in rows.values():
         assert list(row["latency_ms"]) == ["1x8", "3x8", "1xtext"]  # there are no 512 positions
         assert all(0 < v["p50"] <= v["p95"] for v in row["latency_ms"].values())
@@ -63,10 +65,15 @@ def test_every_engine_in_a_process_of_its_own(engines, data_dir: Path, tmp_path:
         assert row["speedup"]["1x8"] == pytest.approx(base / row["latency_ms"]["1x8"]["p50"])
     onnx, torch = rows["small", "onnx-fp32"], rows["small", "torch-fp32"]
     assert onnx["metrics"] == torch["metrics"]
+    # The whole split answered in batches of 32, 1 and 7.
+    assert all(set(row["difference"]) == {"32", "1", "7"} for row in rows.values()) and torch["difference"]["32"] == 0
+    assert max(onnx["difference"].values()) < 1e-4 < max(rows["small", "onnx-int8"]["difference"].values())
+    if len(every) == 4:
+        assert rows["small", every[3]]["setting"] == "int8 static per channel"
     # What imports no torch needs far less memory than what does.
     assert onnx["peak_rss_mb"] < 0.6 * torch["peak_rss_mb"]
     text = (out / "engines.md").read_text()
-    assert "| small | onnx-int8 (int8 dynamic per channel) |" in text and "1xtext" in text
+    assert "| small | onnx-int8 (int8 dynamic per channel) |" in text and "1xtext" in text and "difference at 7" in text
     assert (out / "engines.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in out.iterdir()) == ["artefacts", "engines.json", "engines.md", "engines.png"]
 
@@ -77,6 +84,8 @@ def test_every_engine_in_a_process_of_its_own(engines, data_dir: Path, tmp_path:
         (["x"], "must look like NAME=DIR"),
         (["a=x", "--engines", "tpu"], "`--engines` must be among"),
         (["a=x", "--rounds", "0"], "`--rounds`"),
+        (["a=x", "--parity", "1,x"], "`--parity` must look like"),
+        (["a=x", "--parity", "7", "--engines", "onnx-fp32"], "`--parity` needs torch-fp32"),
     ],
 )
 def test_bad_arguments(engines, arguments: list[str], message: str, tmp_path: Path, capsys) -> None:

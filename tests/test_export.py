@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from smbert.export.gate import Gate
 from smbert.modeling import FAMILIES
-from smbert.runtime import Classifier
+from smbert.runtime import Classifier, open_graph
 from smbert.surgery import PruningPlan, keep_units
 from smbert.tasks import Task, prepare
 
@@ -166,6 +166,37 @@ def test_int8_takes_the_products_and_the_embeddings(bert: Path, tmp_path: Path) 
     assert "model.bert.embeddings.word_embeddings.weight" not in types
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_weights_in_int8_are_the_weights_but_for_rounding(per_channel: bool, bert: Path, tmp_path: Path) -> None:
+    """The form for OpenVINO, which onnxruntime reads too."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = AutoModelForSequenceClassification.from_pretrained(bert)
+    names = input_names(model, tiny_tokenizer())
+    write_onnx(model, names, tmp_path / "fp32.onnx", 17)
+    setting = Setting("int8", per_channel=per_channel)
+    quantise.convert(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", setting, model, engine="openvino")
+    before, after = (onnx.load(str(tmp_path / name)) for name in ("fp32.onnx", "int8.onnx"))
+    old, new = ({t.name: numpy_helper.to_array(t) for t in g.graph.initializer} for g in (before, after))
+    stored = {node.output[0]: node for node in after.graph.node if node.op_type == "DequantizeLinear"}
+    weights = {node.name: node.input[1] for node in before.graph.node if node.name in weight_products(before)}
+    assert len(weights) == 2 * 6 + 1
+    for node in after.graph.node:
+        if node.name in weights:
+            order = stored[node.input[1]]
+            integers, scales, zeros = (new[name] for name in order.input)
+            axis = order.attribute[0].i
+            shaped = np.expand_dims(scales, 1 - axis) if per_channel else scales
+            assert integers.dtype == np.int8 and not zeros.any()
+            assert scales.size == (integers.shape[axis] if per_channel else 1)
+            assert (np.abs(integers * shaped - old[weights[node.name]]) <= shaped / 2 + 1e-7).all()
+            assert weights[node.name] not in new and node.name in weights
+    whole, small = (open_graph(tmp_path / name, threads=1) for name in ("fp32.onnx", "int8.onnx"))
+    batch = {k: v.numpy() for k, v in example(model, names, 4, 12).items()}
+    assert 0 < np.abs(whole(batch) - small(batch)).max() < 0.05
+
+
 def test_sensitive_layers_are_found_and_left_out(bert: Path, tmp_path: Path) -> None:
     import onnx
 
@@ -211,8 +242,8 @@ def broken_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """int8 whose graphs are another model's, so that they lose much."""
     convert = exporting.convert
 
-    def spoilt(source: Path, target: Path, setting: Setting, model: Any, calibration: Any = ()) -> None:
-        convert(source, target, setting, model, calibration)
+    def spoilt(source: Path, target: Path, setting: Setting, *rest: Any) -> None:
+        convert(source, target, setting, *rest)
         if setting.precision == "int8" and not setting.fp32_layers:
             import onnx
             from onnx import numpy_helper
@@ -353,8 +384,10 @@ def test_an_export_that_answers_differently_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "tensorrt"}, "`engine` must be one of onnx"),
-        ({"precision": "int4"}, "`precision` must be one of fp32, fp16, int8"),
+        ({"engine": "tensorrt"}, "`engine` must be one of onnx, openvino"),
+        ({"precision": "int4"}, "`precision` must be one of fp32, fp16, int8, bf16"),
+        ({"precision": "bf16"}, "`precision` must be one of fp32, fp16, int8 for onnx, got 'bf16'"),
+        ({"engine": "openvino", "precision": "fp16"}, "`precision` must be one of fp32, bf16, int8 for openvino"),
         ({"precision": "int8", "method": "magic"}, "`method`"),
         ({"precision": "int8", "method": "static"}, "`calibration` must hold texts"),
         ({"calibration": "one text"}, "`calibration` must be a list"),

@@ -54,7 +54,7 @@ def run(model: Path, out: Path, speedups: Any = (1.5, 2), recipe: Any = RECIPE, 
     data = splits()
     return smbert.compress_family(
         model, speedups, recipe, output_dir=out, train_dataset=data["train"], eval_dataset=data["validation"],
-        args={"disable_tqdm": True, "bf16": False}, **options,
+        args={"disable_tqdm": True, "bf16": False}, **{"int8_teacher": False, **options},
     )  # fmt: skip
 
 

@@ -202,6 +202,45 @@ def test_it_needs_neither_torch_nor_transformers_nor_smbert(folder: Path, classi
         assert found["label"] == expected["label"] and found["score"] == pytest.approx(expected["score"], abs=1e-5)
 
 
+def test_the_check_of_an_environment_without_torch(tmp_path: Path) -> None:
+    """It passes where torch cannot be imported, and fails where it can, and where an answer differs."""
+    script = Path(__file__).with_name("runtime_without_torch.py")
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+
+    made = python(str(script), "make", str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    blocked = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'datasets'): sys.modules[name] = None\n"
+        f"sys.argv = ['', 'check', {str(tmp_path)!r}]\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    done = python("-c", blocked)
+    assert done.returncode == 0 and "classes: 30 answers as torch's" in done.stdout, done.stderr
+    assert "must not have torch" in python(str(script), "check", str(tmp_path)).stderr
+    file = tmp_path / "regression" / "expected.json"
+    expected = json.loads(file.read_text())
+    expected["logits"][7][0] += 0.001
+    file.write_text(json.dumps(expected))
+    assert "regression: logits differ by 1.0e-03 in batches of 1" in python("-c", blocked).stderr
+
+
+def test_engines_that_are_unknown_or_not_installed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    change(copied, engine="openvino")
+    with pytest.raises(ValueError, match=r"exported for openvino, which is not installed. To resolve, pip install"):
+        Classifier(copied)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    change(copied, engine="onnx")
+    with pytest.raises(ValueError, match="exported for onnxruntime, which is not installed"):
+        Classifier(copied)
+    change(copied, engine="tpu")
+    with pytest.raises(ValueError, match="the engine must be onnx or openvino, got 'tpu'"):
+        Classifier(copied)
+
+
 def test_as_a_script(folder: Path, classify: Classifier) -> None:
     command = [sys.executable, "-B", str(folder / "runtime.py"), TEXTS[0], TEXTS[1]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

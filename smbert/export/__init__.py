@@ -4,8 +4,10 @@ export("model", "model-int8", precision="int8", gate=Gate(task, validation_rows,
 
 model-int8/model.onnx        fp32, fp16 or int8; dynamic batch and length
            tokenizer.json    as `tokenizers` reads it
-           runtime.py        smbert/runtime.py, which needs onnxruntime, tokenizers and numpy
-           manifest.json     inputs, labels, versions, parent, hashes, and what the gate measured
+           runtime.py        smbert/runtime.py, which needs the engine, tokenizers and numpy
+           manifest.json     engine, inputs, labels, versions, parent, hashes, and what the gate measured
+
+The engine is onnxruntime or, where it is installed, OpenVINO, which reads the same kind of graph.
 """
 
 from __future__ import annotations
@@ -31,15 +33,17 @@ from ..inputs import as_tokenizer
 from ..measure import max_positions, size_mb
 from ..runner import weights_hash
 from ..tasks import KINDS
+from ..teacher import model_fingerprint
 from .gate import Gate, Reference
 from .onnx_graph import input_names, largest_difference, write_onnx
-from .quantise import Batches, Setting, convert, ladder, sensitive_layers
+from .quantise import PRECISIONS, Batches, Setting, convert, ladder, sensitive_layers
 
 __all__ = ["ENGINES", "Exported", "Gate", "Setting", "export"]
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("onnx",)
+ENGINES = tuple(PRECISIONS)
+ENGINE_PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
 MODEL, TOKENIZER, RUNTIME = "model.onnx", "tokenizer.json", "runtime.py"
 # fp32 sums in another order; the logits of a classifier are of the order of 1 to 10.
 TOLERANCE = 1e-4
@@ -65,7 +69,7 @@ class Exported:
 
 
 def export(
-    model_dir: str | Path,
+    model: str | Path | PreTrainedModel,
     output_dir: str | Path,
     *,
     engine: str = "onnx",
@@ -76,16 +80,16 @@ def export(
     calibration: Sequence[Any] = (),
     max_length: int | None = None,
     opset: int = 17,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> Exported:
     """Writes a fine-tuned checkpoint as a folder for `smbert.runtime.Classifier`, whole or not at all.
 
     Args:
-        model_dir: folder or Hub id of a model with a classification or regression head.
+        model: folder, Hub id or loaded model, with a classification or regression head.
         output_dir: a new folder, or an earlier export, which is replaced.
-        engine: "onnx".
-        precision: "fp32", "fp16" or "int8".
+        engine: "onnx", or "openvino".
+        precision: "fp32", "fp16" (onnx), "bf16" (openvino, on a CPU that has it) or "int8".
         method: int8 only: "dynamic", or "static", which needs `calibration`.
         per_channel: int8 only: one scale per output of a weight.
         gate: validation rows on which the artefact is measured, and what it may lose.
@@ -96,25 +100,26 @@ def export(
         trust_remote_code: run modelling code that comes with the checkpoint.
 
     Raises:
-        ValueError: an argument is unusable, onnx or onnxruntime is missing, or no setting passes the gate; nothing is written.
+        ValueError: an argument is unusable, a package is missing, or no setting passes the gate; nothing is written.
         OSError: the disk is full or not writable; an earlier export is as it was.
     """
     start = Setting(precision, method, per_channel)
     target = Path(os.path.abspath(output_dir))
     _check_arguments(engine, opset, start, calibration)
     _check_target(target)
-    model = load_model(model_dir, trust_remote_code=trust_remote_code)
-    if not is_finetuned(model_dir):
-        raise ValueError(f"{model_dir} has no trained classification head. To resolve, fine-tune it, or compress it.")
-    tok = as_tokenizer(model_dir, tokenizer, trust_remote_code)
+    loaded = model if isinstance(model, PreTrainedModel) else load_model(model, trust_remote_code=trust_remote_code)
+    if not is_finetuned(model):
+        what = "the model" if loaded is model else model
+        raise ValueError(f"{what} has no trained classification head. To resolve, fine-tune it, or compress it.")
+    tok = as_tokenizer(model, tokenizer, trust_remote_code)
     if not isinstance(getattr(tok, "backend_tokenizer", None), Tokenizer):
         raise ValueError(
             f"the tokenizer must be a fast one, which works without transformers, got {type(tok).__name__}. "
             "To resolve, save its tokenizer.json beside the model."
         )
-    length = _max_length(model, tok, max_length)
-    reference = None if gate is None else Reference.of(gate, model, tok, length)
-    names = input_names(model, tok)
+    length = _max_length(loaded, tok, max_length)
+    reference = None if gate is None else Reference.of(gate, loaded, tok, length)
+    names = input_names(loaded, tok)
     sample = list(calibration) or ([] if gate is None else gate.texts[:64])
     batches = _batches(sample, tok, names, length)
 
@@ -124,30 +129,30 @@ def export(
         workdir = partial / "work"
         workdir.mkdir(parents=True)
         traced = workdir / "fp32.onnx"
-        write_onnx(model, names, traced, opset)
-        difference = largest_difference(model, names, traced, length)
+        write_onnx(loaded, names, traced, opset)
+        difference = largest_difference(loaded, names, runtime.open_graph(traced, engine), length)
         if not difference <= TOLERANCE:
             raise RuntimeError(
-                f"onnxruntime answers differently from torch (logits differ by {difference:.1e}). To resolve, try another `opset`, or "
+                f"{engine} answers differently from torch (logits differ by {difference:.1e}). To resolve, try another `opset`, or "
                 "report this with the model's config.json."
             )
         tok.backend_tokenizer.save(str(partial / TOKENIZER))  # type: ignore[attr-defined]
         shutil.copyfile(runtime.__file__, partial / RUNTIME)
         manifest = {
-            **_about_model(model, tok, names, length, gate),
+            **_about_model(loaded, tok, names, length, gate),
             "engine": engine,
             "opset": opset,
-            "parent": _parent(model_dir),
-            "versions": _versions(),
+            "parent": _parent(model, loaded),
+            "versions": _versions(engine),
             "parity": {"largest_logit_difference_fp32": difference},
         }
         safer = gate is not None and gate.max_drop is not None and gate.fallback
         settings = (
-            ladder(start, lambda: sensitive_layers(traced, model, batches, workdir), bool(calibration))
+            ladder(start, lambda: sensitive_layers(traced, loaded, batches, workdir, engine), bool(calibration))
             if safer
             else iter([start])
         )
-        setting, judged = _first_that_passes(settings, traced, model, batches, partial, manifest, reference)
+        setting, judged = _first_that_passes(settings, traced, loaded, batches, partial, manifest, reference)
         shutil.rmtree(workdir)
         _write_manifest(partial, {**manifest, **judged, "setting": setting.to_dict()})
         put_in_place(partial, target)
@@ -178,7 +183,8 @@ def _first_that_passes(
     """
     attempts: list[dict[str, Any]] = []
     for setting in settings:
-        convert(traced, folder / MODEL, setting, model, batches if setting.method == "static" else ())
+        sample = batches if setting.method == "static" else ()
+        convert(traced, folder / MODEL, setting, model, sample, manifest["engine"])
         if reference is None:
             return setting, {}
         _write_manifest(folder, {**manifest, "setting": setting.to_dict()})
@@ -193,6 +199,10 @@ def _first_that_passes(
 def _check_arguments(engine: str, opset: int, setting: Setting, calibration: Sequence[Any]) -> None:
     if engine not in ENGINES:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}. To resolve, choose one.")
+    if setting.precision not in PRECISIONS[engine]:
+        raise ValueError(
+            f"`precision` must be one of {', '.join(PRECISIONS[engine])} for {engine}, got {setting.precision!r}. To resolve, choose one."
+        )
     if opset not in OPSETS:
         raise ValueError(f"`opset` must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset!r}. To resolve, use 17.")
     if isinstance(calibration, str):
@@ -202,11 +212,16 @@ def _check_arguments(engine: str, opset: int, setting: Setting, calibration: Seq
             "`calibration` must hold texts for static int8, got none. To resolve, pass some hundred training texts, or use the dynamic "
             "method."
         )
-    for package in ("onnx", "onnxruntime"):
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f"export needs {package}. To resolve, pip install smbert[onnx].") from None
+    for package in dict.fromkeys(("onnx", "onnxruntime", ENGINE_PACKAGES[engine])):
+        if not _installed(package):
+            raise ValueError(f"export needs {package}. To resolve, pip install smbert[{engine}].")
+    if setting.precision == "bf16":
+        import openvino
+
+        if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ValueError(
+                "`precision` bf16 needs a CPU that multiplies bf16 itself, and this one does not. To resolve, use fp32 or int8."
+            )
 
 
 def _check_target(folder: Path) -> None:
@@ -286,16 +301,20 @@ def _refusal(reference: Reference, attempts: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _parent(place: str | Path) -> dict[str, str | None]:
-    """The checkpoint's name, of a folder without its path, and the hash of its weights where they are here."""
-    folder = Path(place)
-    if not folder.is_dir():
-        return {"name": str(place), "weights_sha256": None}
-    return {"name": folder.resolve().name, "weights_sha256": weights_hash(folder)}
+def _parent(given: str | Path | PreTrainedModel, model: PreTrainedModel) -> dict[str, str | None]:
+    """The checkpoint's name, of a folder without its path, the hash of its weights where it is one, and the loaded model's own."""
+    in_memory = isinstance(given, PreTrainedModel)
+    name = str(given.name_or_path if isinstance(given, PreTrainedModel) else given)
+    local = name != "" and (Path(name).is_dir() or Path(name).is_absolute())
+    return {
+        "name": Path(name).resolve().name if local else name,
+        "weights_sha256": weights_hash(Path(name)) if local and not in_memory else None,
+        "fingerprint": model_fingerprint(model),
+    }
 
 
-def _versions() -> dict[str, str]:
-    packages = ("smbert", "torch", "transformers", "tokenizers", "onnx", "onnxruntime")
+def _versions(engine: str) -> dict[str, str]:
+    packages = ("smbert", "torch", "transformers", "tokenizers", "onnx", "onnxruntime", ENGINE_PACKAGES[engine])
     return {name: importlib.metadata.version(name) for name in packages if _installed(name)}
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling import encoder_layers
+from ..runtime import Graph
 
 if TYPE_CHECKING:
     import onnx
@@ -82,28 +83,50 @@ def write_onnx(model: PreTrainedModel, names: Sequence[str], file: Path, opset: 
             opset_version=opset,
             dynamo=False,
         )
+    _drop_empty_products(file)
 
 
-def session(file: Path, threads: int | None = None) -> Any:
-    """An onnxruntime session on the CPU."""
-    import onnxruntime
+def _drop_empty_products(file: Path) -> None:
+    """In a graph with layers without heads or neurons, puts zeros for their products over nothing, and takes out what led there.
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    OpenVINO cannot read a weight without elements.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(file))
+    body, empty = graph.graph, {t.name: t for t in graph.graph.initializer if len(t.dims) == 2 and t.dims[0] == 0}
+    for node in body.node:  # equal weights, as all empty ones are, stand there once
+        if node.op_type == "Identity" and node.input[0] in empty:
+            empty[node.output[0]] = empty[node.input[0]]
+    ends = [node for node in body.node if node.op_type == "MatMul" and node.input[1] in empty]
+    if not ends:
+        return
+    for node in ends:
+        zeros = np.zeros(empty[node.input[1]].dims[1], np.float32)  # (hidden,), added to a (batch, length, hidden)
+        body.initializer.append(numpy_helper.from_array(zeros, node.output[0]))
+        body.node.remove(node)
+    needed = {output.name for output in body.output}
+    for node in reversed(list(body.node)):  # they stand in the order in which they are computed
+        if needed.isdisjoint(node.output):
+            body.node.remove(node)
+        else:
+            needed.update(node.input)
+    for tensor in list(body.initializer):
+        if tensor.name not in needed:
+            body.initializer.remove(tensor)
+    onnx.save(graph, str(file))
 
 
-def largest_difference(model: PreTrainedModel, names: Sequence[str], file: Path, longest: int) -> float:
-    """The largest difference between the logits of torch and of onnxruntime, over batch sizes and lengths that were not traced."""
-    running, worst = session(file), 0.0
+def largest_difference(model: PreTrainedModel, names: Sequence[str], graph: Graph, longest: int) -> float:
+    """The largest difference between the logits of torch and of an engine, over batch sizes and lengths that were not traced."""
+    worst = 0.0
     model = copy.deepcopy(model).cpu().float().eval()
     for batch, length in ((1, 3), (3, 8), (7, 17), (2, 64)):
         inputs = example(model, names, batch, min(length, longest))
         with torch.inference_mode():
             expected = model(**inputs).logits.numpy()
-        found = running.run(None, {name: inputs[name].numpy() for name in names})[0]
+        found = graph({name: inputs[name].numpy() for name in names})
         worst = max(worst, float(np.abs(expected - found).max()))
     return worst
 
@@ -111,14 +134,13 @@ def largest_difference(model: PreTrainedModel, names: Sequence[str], file: Path,
 def weight_products(graph: onnx.ModelProto) -> list[str]:
     """Names of the products with a constant weight that may be quantised.
 
-    Left out are weights without an element, which is what a layer without heads or neurons has, and the classifier: it is tiny, and
-    its rounding goes straight into the answer.
+    Left out is the classifier: it is tiny, and its rounding goes straight into the answer.
     """
-    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in graph.graph.initializer}
+    constant = {tensor.name for tensor in graph.graph.initializer}
     return [
         node.name
         for node in graph.graph.node
-        if node.op_type in ("MatMul", "Gemm") and sizes.get(node.input[1], 0) > 0 and OUTPUT not in node.output
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in constant and OUTPUT not in node.output
     ]
 
 
@@ -167,3 +189,36 @@ def quantise_rows(graph: onnx.ModelProto, names: Iterable[str]) -> None:
             body.node.remove(node)
             for offset, one in enumerate(new):
                 body.node.insert(at + offset, one)
+
+
+def quantise_weights(graph: onnx.ModelProto, names: Iterable[str], per_channel: bool) -> None:
+    """Stores the weights of the named products in int8, in place: MatMul(x, weight) becomes MatMul(x, DequantizeLinear(integers)).
+
+    The form that OpenVINO takes as an order to find the ranges of `x` as it goes and to multiply integers. What onnxruntime's quantiser
+    writes for that (DynamicQuantizeLinear, MatMulInteger) it computes in fp32, slower than the fp32 graph.
+    """
+    from onnx import helper, numpy_helper
+
+    body, wanted = graph.graph, set(names)
+    tensors = {tensor.name: tensor for tensor in body.initializer}
+    for node in [n for n in body.node if n.name in wanted and n.input[1] in tensors]:
+        weight = numpy_helper.to_array(tensors[node.input[1]])
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        axis = 0 if transposed else 1  # of the outputs
+        largest = np.abs(weight).max(axis=1 - axis) if per_channel else np.abs(weight).max()
+        scales = (np.maximum(largest, 1e-12) / 127).astype(np.float32)
+        shaped = np.expand_dims(scales, 1 - axis) if per_channel else scales
+        own = f"{node.name}/int8"
+        made = {
+            f"{own}/weight": np.round(weight / shaped).astype(np.int8),
+            f"{own}/scales": scales,
+            f"{own}/zeros": np.zeros(scales.shape, np.int8),
+        }
+        body.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in made.items())
+        floats = f"{own}/floats"
+        body.node.insert(0, helper.make_node("DequantizeLinear", list(made), [floats], f"{own}/Dequantize", axis=axis))
+        node.input[1] = floats
+    used = {name for node in body.node for name in node.input}
+    for name, tensor in tensors.items():
+        if name not in used:
+            body.initializer.remove(tensor)

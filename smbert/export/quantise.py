@@ -1,7 +1,11 @@
-"""From an fp32 ONNX graph to the same graph in fp16 or int8, by onnxruntime's quantisers.
+"""From an fp32 ONNX graph to the same graph in fp16 or int8, by onnxruntime's quantisers where the engine can run what they write.
 
 Embedding tables, which are most of a small model, get one scale per row; matrix products one scale per column of the weight ("per
 channel") or one for all. Products of two activations (attention) stay in fp32: they gain little and lose much.
+
+engine      int8 dynamic                                          int8 static
+onnx        one range for each tensor of a batch                  ranges from calibration data
+openvino    one range for each 32 values of a token's vector      the same graph
 """
 
 from __future__ import annotations
@@ -16,9 +20,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from .onnx_graph import embedding_name, products_by_layer, quantise_rows, session, weight_products
+from ..runtime import open_graph
+from .onnx_graph import embedding_name, products_by_layer, quantise_rows, quantise_weights, weight_products
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "openvino": ("fp32", "bf16", "int8")}  # by engine
 METHODS = ("dynamic", "static")
 
 Batches = Sequence[Mapping[str, np.ndarray]]  # model inputs, each (batch, length) int64
@@ -29,7 +34,8 @@ class Setting:
     """How a graph is stored and computed.
 
     Attributes:
-        precision: "fp32", "fp16" (weights and products; inputs and logits stay as they are), or "int8".
+        precision: "fp32", "fp16" (weights and products; inputs and logits stay as they are), "bf16" (products; the weights are stored
+            in fp32), or "int8".
         method: int8 only: "dynamic" finds the ranges of activations in each batch, "static" once, on calibration data.
         per_channel: int8 only: one scale per output of a weight, else one for the whole weight.
         fp32_layers: int8 only: encoder layers, from 0, whose products stay in fp32.
@@ -41,7 +47,8 @@ class Setting:
     fp32_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, known in (("precision", PRECISIONS), ("method", METHODS)):
+        precisions = tuple(dict.fromkeys(p for several in PRECISIONS.values() for p in several))
+        for name, known in (("precision", precisions), ("method", METHODS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}. To resolve, choose one.")
 
@@ -84,8 +91,23 @@ def ladder(start: Setting, sensitive: Callable[[], Sequence[int]], calibrated: b
             yield step
 
 
-def convert(source: Path, target: Path, setting: Setting, model: PreTrainedModel, calibration: Batches = ()) -> None:
+def convert(
+    source: Path,
+    target: Path,
+    setting: Setting,
+    model: PreTrainedModel,
+    calibration: Batches = (),
+    engine: str = "onnx",
+) -> None:
     """Writes `source`, an fp32 graph of `model`, to `target` in another precision.
+
+    Args:
+        source: the fp32 graph.
+        target: the file to write.
+        setting: the precision.
+        model: whose graph it is.
+        calibration: a sample of real inputs, for static ranges.
+        engine: which will run it.
 
     Raises:
         ValueError: static ranges without calibration data.
@@ -104,12 +126,14 @@ def convert(source: Path, target: Path, setting: Setting, model: PreTrainedModel
     elif setting.precision == "int8":
         in_fp32 = {name for layer in setting.fp32_layers for name in products_by_layer(graph, model).get(layer, ())}
         nodes = [name for name in weight_products(graph) if name not in in_fp32]
-        _int8(graph, target, setting, model, nodes, calibration)
-    else:
+        _int8(graph, target, setting, model, nodes, calibration, engine)
+    else:  # bf16 is how the engine computes
         onnx.save(graph, str(target))
 
 
-def sensitive_layers(source: Path, model: PreTrainedModel, batches: Batches, workdir: Path) -> list[int]:
+def sensitive_layers(
+    source: Path, model: PreTrainedModel, batches: Batches, workdir: Path, engine: str = "onnx"
+) -> list[int]:
     """The encoder layers by what their quantisation alone does to the logits (mean squared difference), the most sensitive first.
 
     Args:
@@ -117,18 +141,19 @@ def sensitive_layers(source: Path, model: PreTrainedModel, batches: Batches, wor
         model: whose graph it is.
         batches: a sample of real inputs.
         workdir: for graphs that are deleted again.
+        engine: which will run it.
     """
     import onnx
 
-    def logits(file: Path) -> np.ndarray:
-        running = session(file)
-        return np.concatenate([running.run(None, dict(batch))[0] for batch in batches])
+    def logits(file: Path, precision: str) -> np.ndarray:
+        graph = open_graph(file, engine, precision)
+        return np.concatenate([graph(dict(batch)) for batch in batches])
 
-    expected, damage = logits(source), {}
+    expected, damage = logits(source, "fp32"), {}
     for layer, names in products_by_layer(onnx.load(str(source)), model).items():
         file = workdir / "one-layer.onnx"
-        _int8(onnx.load(str(source)), file, Setting("int8"), model, names, embeddings=False)
-        damage[layer] = float(np.square(logits(file) - expected).mean())
+        _int8(onnx.load(str(source)), file, Setting("int8"), model, names, engine=engine, embeddings=False)
+        damage[layer] = float(np.square(logits(file, "int8") - expected).mean())
         file.unlink()
     return sorted(damage, key=lambda layer: (-damage[layer], layer))
 
@@ -151,6 +176,7 @@ def _int8(
     model: PreTrainedModel,
     nodes: Sequence[str],
     calibration: Batches = (),
+    engine: str = "onnx",
     embeddings: bool = True,
 ) -> None:
     import onnx
@@ -158,6 +184,8 @@ def _int8(
 
     if not nodes:  # an empty list would mean all of them
         pass
+    elif setting.method == "dynamic" and engine == "openvino":
+        quantise_weights(graph, nodes, setting.per_channel)
     elif setting.method == "dynamic":
         with _quiet():
             quantize_dynamic(
