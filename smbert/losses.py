@@ -1,7 +1,7 @@
 """The distillation losses: what `smbert.objectives` configures.
 
-Every loss is computed in float32, reads real tokens only (more padding changes nothing) and is 0 when teacher and
-student agree. A loss over several layer pairs is the mean over them, so a weight keeps its meaning when the layer map
+Every loss is computed in float32 (`AttentionLoss` says where not), reads real tokens only (more padding changes
+nothing) and is 0, but for rounding, when teacher and student agree. A loss over several layer pairs is the mean over them, so a weight keeps its meaning when the layer map
 changes.
 
 Papers: Hinton et al. 2015 (logits), TinyBERT 2020 (hidden, attention, embedding), DistilBERT 2019 (cosine),
@@ -114,7 +114,11 @@ class HiddenLoss(Loss):
 
 
 class AttentionLoss(Loss):
-    """MSE of the scores Q K^T / sqrt(head_dim) before the softmax, over all pairs of real tokens of a sequence."""
+    """MSE of the scores Q K^T / sqrt(head_dim) before the softmax, over all pairs of real tokens of a sequence.
+
+    The two score matrices are never made: their difference is the one product (Q_S | Q_T) (K_S | -K_T)^T. Where both models
+    run in bfloat16 it is a bfloat16 product, which sums in float32 and rounds the small difference, not the large scores.
+    """
 
     def __init__(self, pairs: list[tuple[int, int]], heads: str) -> None:
         super().__init__()
@@ -125,21 +129,25 @@ class AttentionLoss(Loss):
         total = student.mask.new_zeros((), dtype=torch.float32)
         for pair in self.pairs:
             queries, keys = (_pick(student, teacher, what, pair) for what in ("queries", "keys"))
-            s, t = (
-                self._scores(q, k, student.mask) for q, k in zip(queries, keys, strict=True)
-            )  # (batch, heads, seq, seq)
-            total = total + F.mse_loss(s, t, reduction="sum") / (n_scores * s.shape[1])
+            total = total + self._mean_over_heads(queries, keys, student.mask) / n_scores
         return total / len(self.pairs)
 
-    def _scores(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-        scale = q.shape[-1] ** -0.5
+    def _mean_over_heads(self, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """The squared differences of student's and teacher's scores, summed over the batch and its tokens."""
+        (s_scale, t_scale), (s_q, t_q), (s_k, t_k) = [q.shape[-1] ** -0.5 for q in queries], queries, keys
         if self.heads == "mean":
             # The mean over heads of q k^T is one product of the concatenated heads.
-            scale /= q.shape[1]
-            q, k = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (q, k))
+            s_scale, t_scale = s_scale / s_q.shape[1], t_scale / t_q.shape[1]
+            s_q, t_q, s_k, t_k = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (s_q, t_q, s_k, t_k))
+        dtype = s_q.dtype if s_q.dtype == t_q.dtype == torch.bfloat16 else torch.float32
         # Padded rows set to 0 have the score 0 with every token, in both models, so nothing is left to mask in the sum.
-        q, k = (x.float().masked_fill(~mask[:, None, :, None], 0.0) for x in (q, k))
-        return (q * scale) @ k.transpose(-1, -2)
+        q, k = (
+            torch.cat((s.to(dtype), t.to(dtype)), dim=-1).masked_fill(~mask[:, None, :, None], 0.0)
+            for s, t in ((s_q, t_q), (s_k, t_k * (-t_scale / s_scale)))
+        )
+        gap = q @ k.transpose(-1, -2)  # (batch, heads, seq, seq)
+        # A norm passes over the large matrix once in each direction and keeps no second one.
+        return (s_scale * torch.linalg.vector_norm(gap, dtype=torch.float32)).square() / gap.shape[1]
 
 
 class RelationLoss(Loss):

@@ -150,6 +150,26 @@ def test_attention_loss_equals_numpy(heads: str) -> None:
     assert loss(student, teacher).item() == pytest.approx(np.mean(errors), rel=1e-5)
 
 
+def test_attention_loss_of_bfloat16_features_rounds_the_difference_and_not_the_scores() -> None:
+    teacher, noise = random_features(1), random_features(2)
+    for what in ("queries", "keys"):
+        # Scores of some hundreds, which bfloat16 tells apart in steps of 1 or 2.
+        getattr(teacher, what)[1] = (16 * getattr(teacher, what)[1]).bfloat16()
+    student = Features(mask=teacher.mask)
+    for what in ("queries", "keys"):
+        near = getattr(teacher, what)[1] + getattr(noise, what)[1].bfloat16() / 16
+        getattr(student, what)[1] = near.requires_grad_()
+    loss = built(AttentionObjective())
+    wide = [
+        Features(mask=f.mask, queries={1: f.queries[1].float()}, keys={1: f.keys[1].float()})
+        for f in (student, teacher)
+    ]
+    assert loss(student, teacher).item() == pytest.approx(loss(*wide).item(), rel=0.01)
+    assert loss(teacher, teacher).item() < 1e-6 * loss(student, teacher).item()
+    loss(student, teacher).backward()
+    assert student.queries[1].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(("student_heads", "relation_heads"), [(4, None), (2, None), (3, 8), (4, 1)])
 def test_relation_loss_equals_numpy(student_heads: int, relation_heads: int | None) -> None:
     student, teacher = random_features(0, heads=student_heads), random_features(1)
