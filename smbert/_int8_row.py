@@ -13,13 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import runtime
-from ._report_tables import TEACHER
+from ._report_tables import INT8_TEACHER, TEACHER
 from .measure import size_mb
 from .teacher import model_fingerprint
 
 logger = logging.getLogger(__name__)
-
-INT8_TEACHER = "teacher in int8 (ONNX Runtime)"
 
 
 class Served(nn.Module):

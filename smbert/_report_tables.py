@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .report import Report, Row
 
 TEACHER = "teacher"  # name of the row that retention and speed-up refer to
+INT8_TEACHER = "teacher in int8 (ONNX Runtime)"
 MISSING = "–"
 
 
@@ -383,7 +384,7 @@ def _explanations(aggregates: Sequence[Aggregate]) -> list[str]:
             "Latency: median and 95th percentile of one batch (batch x tokens), all models timed in turns in one process; "
             "speed-up: the teacher's median divided by the model's."
         )
-    if any(a.name.startswith("teacher in int8") for a in aggregates):
+    if any(a.name == INT8_TEACHER for a in aggregates):
         lines.append(
             "Teacher in int8: exported with dynamic ranges, one scale per output of a weight; ONNX Runtime on as many threads as torch, which do "
             "not spin between answers. benchmarks/engines.py gives every engine a process of its own."

@@ -8,10 +8,12 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from tiny_models import tiny
@@ -21,7 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 from smbert.context import Context
 from smbert.inputs import tokenised
 from smbert.recipe import Recipe
-from smbert.stages import DepthReduction, Distill, Finetune, WidthPruning
+from smbert.retraining_free.cost_table import CostTable, counted_costs
+from smbert.stages import DepthReduction, Distill, Finetune, RetrainingFreePruning, WidthPruning, retraining_free
+from smbert.surgery import structure_of
 from smbert.tasks import Task, prepare
 from smbert.trainer import SmbertTrainer
 
@@ -199,3 +203,20 @@ def as_nobody(action: Callable[[], Any]) -> Any:
         return action()
     finally:
         os.seteuid(0)
+
+
+def millisecond_per_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pruning stage's own timings as on a machine on which a multiply-accumulate takes a millisecond.
+
+    Real ones would say nothing: models of this size take as long as their overhead.
+    """
+
+    def table(model: Any, heads: Any, ffn: Any, *_: Any, **__: Any) -> CostTable:
+        return replace(counted_costs(model, "macs", heads, ffn), name="latency_ms")
+
+    def measured(_: Any, model: Any, pruned: Any, costs: CostTable) -> dict[str, float]:
+        before, after = (costs.total(structure_of(m).layer_widths) for m in (model, pruned))
+        return {"predicted": after, "measured": after, "before": before, "speedup": before / after}
+
+    monkeypatch.setattr(retraining_free, "latency_table", table)
+    monkeypatch.setattr(RetrainingFreePruning, "_measured", measured)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import raw_checkpoint, splits
+from run_helpers import millisecond_per_mac, raw_checkpoint, splits
 
 import smbert
 from smbert import DepthReduction, Distill, Recipe, RetrainingFreePruning
 from smbert.report import Report
-from smbert.retraining_free.cost_table import CostTable, counted_costs
 from smbert.stages import Finetune
 from smbert.surgery import structure_of
 from smbert.trainer import SmbertTrainer
@@ -33,19 +31,9 @@ RECIPE = Recipe(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which a multiply-accumulate takes a millisecond: models of this size take as long as their overhead."""
-    stage = importlib.import_module("smbert.stages.retraining_free")
+    millisecond_per_mac(monkeypatch)
     compress = importlib.import_module("smbert.compress")
 
-    def table(model: Any, heads: Any, ffn: Any, *_: Any, **__: Any) -> CostTable:
-        return replace(counted_costs(model, "macs", heads, ffn), name="latency_ms")
-
-    def measured(_: Any, model: Any, pruned: Any, costs: CostTable) -> dict[str, float]:
-        before, after = (costs.total(structure_of(m).layer_widths) for m in (model, pruned))
-        return {"predicted": after, "measured": after, "before": before, "speedup": before / after}
-
-    monkeypatch.setattr(stage, "latency_table", table)
-    monkeypatch.setattr(RetrainingFreePruning, "_measured", measured)
     monkeypatch.setattr(compress, "latency", partial(compress.latency, warmup=0, min_runs=2, min_seconds=0))
     monkeypatch.setattr(compress, "SHAPES", ((4, 16),))
 

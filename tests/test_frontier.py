@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import NOISE, TELLING
 from datasets import Dataset
-from run_helpers import raw_checkpoint, splits, tiny_context, tiny_tokenizer
+from run_helpers import millisecond_per_mac, raw_checkpoint, splits, tiny_context, tiny_tokenizer
 from safetensors.torch import save_file
 from tiny_models import tiny
 from transformers import PreTrainedTokenizerFast
@@ -27,9 +27,9 @@ from smbert.checkpoints import load_model, save_model
 from smbert.measure import macs
 from smbert.recipe import Recipe
 from smbert.report import Report
-from smbert.retraining_free.cost_table import CostTable, counted_costs
+from smbert.retraining_free.cost_table import CostTable
 from smbert.retraining_free.search import BudgetOutOfReach, check_reachable
-from smbert.stages import DepthReduction, Distill, Finetune, RetrainingFreePruning
+from smbert.stages import DepthReduction, Distill, Finetune
 from smbert.surgery import PruningPlan, keep_layers, keep_units, structure_of
 from smbert.target import Sizes
 from smbert.trainer import SmbertTrainer
@@ -76,17 +76,7 @@ def by_macs(models: Mapping[str, Any], shapes: Any, **_: Any) -> dict[str, dict[
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = importlib.import_module("smbert.stages.retraining_free")
-
-    def table(model: Any, heads: Any, ffn: Any, *_: Any, **__: Any) -> CostTable:
-        return replace(counted_costs(model, "macs", heads, ffn), name="latency_ms")
-
-    def measured(_: Any, model: Any, pruned: Any, costs: CostTable) -> dict[str, float]:
-        before, after = (costs.total(structure_of(m).layer_widths) for m in (model, pruned))
-        return {"predicted": after, "measured": after, "before": before, "speedup": before / after}
-
-    monkeypatch.setattr(stage, "latency_table", table)
-    monkeypatch.setattr(RetrainingFreePruning, "_measured", measured)
+    millisecond_per_mac(monkeypatch)
     compress = importlib.import_module("smbert.compress")  # by its entry: the name smbert.compress is the function's
     monkeypatch.setattr(compress, "latency", by_macs)
     monkeypatch.setattr(compress, "with_int8_teacher", lambda models, *_: (dict(models), []))

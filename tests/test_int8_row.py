@@ -18,7 +18,8 @@ pytest.importorskip("onnx", reason="needs onnx (pip install smbert[onnx])")
 pytest.importorskip("onnxruntime", reason="needs onnxruntime (pip install smbert[onnx])")
 
 import smbert.export as exporting
-from smbert._int8_row import INT8_TEACHER, Served, with_int8_teacher
+from smbert._int8_row import Served, with_int8_teacher
+from smbert._report_tables import INT8_TEACHER
 from smbert.context import Context
 from smbert.report import Report
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from smbert._report_plot import figure_of
-from smbert._report_tables import count, duration, factor, over_tasks, significant
+from smbert._report_tables import INT8_TEACHER, count, duration, factor, over_tasks, significant
 from smbert.report import Report, Row, model_card, write_model_card
 
 ROW_KEYS = {
@@ -62,7 +62,7 @@ def full_report(seeds: tuple[int, ...] = (0,), tasks: tuple[str, ...] = ("tweets
         for seed in seeds:
             shift = 0.004 * seed - 0.05 * number
             report.add(measured("teacher", 0.80 + shift, 22.7e6, 596, task, seed))
-            report.add(measured("teacher in int8", 0.796 + shift, 22.7e6, 213, task, seed))
+            report.add(measured(INT8_TEACHER, 0.796 + shift, 22.7e6, 213, task, seed))
             report.add(measured("same shape, no distillation", 0.73 + shift, 15.4e6, 101, task, seed))
             report.add(measured("smbert", 0.79 + shift, 15.4e6, 100.5, task, seed))
             report.add(Row("majority class", task, seed, "accuracy", 0.45, {"accuracy": 0.45, "f1_macro": 0.2}))
