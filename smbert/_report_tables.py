@@ -355,7 +355,9 @@ def markdown_report(report: Report) -> str:
     if report.stages:
         parts.append("## Stages\n")
         parts.append(_stages(report.stages))
-        parts.append("The metric after a stage is of a sample of the validation rows, that of the table above of all.\n")
+        parts.append(
+            "The metric after a stage is of a sample of the validation rows, that of the table above of all.\n"
+        )
     parts.append("## How to read it\n")
     parts.append("\n".join(f"- {line}" for line in [*_explanations(aggregates), *report.notes]) + "\n")
     if report.environment:
