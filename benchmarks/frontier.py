@@ -36,7 +36,8 @@ from frontier_peers import absent
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer, set_seed
 
-from smbert._report_tables import over_tasks
+from smbert._int8_row import with_int8_teacher
+from smbert._report_tables import INT8_TEACHER, over_tasks
 from smbert.checkpoints import load_model
 from smbert.cli import guarded, numbers, pairs
 from smbert.compress import MAJORITY, TEACHER, rows_of
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--paper-recipe", default="smbert", help="the SmBERT chain (default: %(default)s)")
     parser.add_argument("--small-model", help="folder or Hub id of a ready small checkpoint, such as MiniLM-L6")
     parser.add_argument("--peer-python", help="interpreter of TextPruner's environment")
+    parser.add_argument("--no-int8-teacher", action="store_true", help="leave out the row of the teacher in int8")
     parser.add_argument("--disable-tqdm", action="store_true")
     parser.add_argument("--output", required=True, help="folder for stages, cells and the report")
     return guarded(run, parser.parse_args(argv))
@@ -121,7 +123,8 @@ def run(args: argparse.Namespace) -> None:
                     args.small_model, args.peer_python,
                 )  # fmt: skip
             for file, (chosen, speedup) in wanted.items():
-                made = {"command": command, "environment": environment(), **cell(bench, chosen, speedup)}
+                measured = cell(bench, chosen, speedup, not args.no_int8_teacher)
+                made = {"command": command, "environment": environment(), **measured}
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, made)
                 report_of(out, command, left_out)
@@ -188,9 +191,9 @@ def cells(
     return wanted
 
 
-def cell(bench: Bench, methods: Sequence[str], speedup: float) -> dict[str, Any]:
+def cell(bench: Bench, methods: Sequence[str], speedup: float, int8_teacher: bool = True) -> dict[str, Any]:
     """The rows of one task, seed and speed-up, and why methods have none."""
-    models, seconds, contexts = {TEACHER: bench.teacher}, {}, {}
+    models, seconds, contexts, notes = {TEACHER: bench.teacher}, {}, {}, []
     skipped: dict[str, str] = {}
     for name in methods:
         try:
@@ -202,10 +205,13 @@ def cell(bench: Bench, methods: Sequence[str], speedup: float) -> dict[str, Any]
         models[title], seconds[title] = made.model, made.seconds
         if made.context is not None:
             contexts[title] = made.context
+    if int8_teacher:
+        models, notes = with_int8_teacher(models, bench.context.tokenizer, bench.folder / "teacher-int8")
     rows = rows_of(models, bench.context, seconds, bench.texts, contexts=contexts)
     about = {"task": bench.context.data.task.name, "seed": bench.context.seed, "speedup": speedup}
     return {
-        **about, "steps": bench.steps(speedup), "methods": list(methods), "skipped": skipped, "rows": [row.to_dict() for row in rows]
+        **about, "steps": bench.steps(speedup), "methods": list(methods), "skipped": skipped, "notes": notes,
+        "rows": [row.to_dict() for row in rows],
     }  # fmt: skip
 
 
@@ -222,10 +228,13 @@ def report_of(out: Path, command: str, left_out: Sequence[str]) -> Report:
     report = Report(command=command, environment=found[-1]["environment"] if found else environment())
     for row in (Row.from_dict(row) for made in found for row in made["rows"]):
         known = any((r.name, r.task, r.seed) == (row.name, row.task, row.seed) for r in report.rows)
-        if not (row.name in (TEACHER, MAJORITY) and known):  # of every cell; its milliseconds are those of the first
+        if not (
+            row.name in (TEACHER, INT8_TEACHER, MAJORITY) and known
+        ):  # of every cell; its milliseconds are those of the first
             report.add(row)
     steps = dict.fromkeys(f"{c['task']} {c['speedup']:g}x: {c['steps']}" for c in found)
     report.notes = [f"Training steps of every method after the teacher's: {'; '.join(steps)}.", *left_out]
+    report.notes += dict.fromkeys(note for made in found for note in made.get("notes", ()))
     for made in found:
         where = f"{made['task']}, seed {made['seed']}, {made['speedup']:g}x"
         report.notes += [f"{where}: {name} has no row: {reason}." for name, reason in made["skipped"].items()]

@@ -28,6 +28,8 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 from datasets import Dataset, concatenate_datasets, load_dataset  # noqa: E402
 from transformers import AutoTokenizer, set_seed  # noqa: E402
 
+from smbert._int8_row import with_int8_teacher  # noqa: E402
+from smbert._report_tables import INT8_TEACHER  # noqa: E402
 from smbert.checkpoints import load_model  # noqa: E402
 from smbert.cli import guarded  # noqa: E402
 from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of  # noqa: E402
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher-lr", type=float, default=5e-5, help="(default: %(default)s)")
     parser.add_argument("--student-lr", type=float, default=2e-4, help="of student and controls (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=2.0, help="of the soft labels (default: %(default)s)")
+    parser.add_argument("--no-int8-teacher", action="store_true", help="leave out the row of the teacher in int8")
     parser.add_argument("--output", required=True, help="folder for stages, shards and the report")
     parser.add_argument("--disable-tqdm", action="store_true")
     parser.set_defaults(run=run)
@@ -163,7 +166,11 @@ def one_seed(
     if not process_state().is_main_process:  # latency is measured while nothing else runs
         return []
     splits = {"train": labelled, "validation": validation}
-    return rows_of(models, student, seconds, splits, contexts={TEACHER: teacher})
+    timed = models
+    if not args.no_int8_teacher:
+        timed, notes = with_int8_teacher(models, teacher.tokenizer, out / "teacher-int8")
+        report.notes += [note for note in notes if note not in report.notes]
+    return rows_of(timed, student, seconds, splits, contexts={TEACHER: teacher, INT8_TEACHER: teacher})
 
 
 def load_rows(files: Sequence[str]) -> Dataset:

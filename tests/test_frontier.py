@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny
 from transformers import PreTrainedTokenizerFast
 
+from smbert._report_tables import INT8_TEACHER
 from smbert.checkpoints import load_model, save_model
 from smbert.measure import macs
 from smbert.recipe import Recipe
@@ -153,6 +155,9 @@ def test_every_method_in_every_cell_and_resumed(
         if row.name.endswith("x"):
             assert row.speedup["32x128"] >= float(row.name.split()[-1][:-1])
             assert row.retention == pytest.approx(row.metric / rows["teacher"].metric) and row.params_total and row.macs
+    names = [row.name for row in report.rows]
+    served = find_spec("onnx") and find_spec("onnxruntime")
+    assert names.count("teacher") == 1 and names.count(INT8_TEACHER) == (1 if served else 0)
     assert rows["teacher"].speedup["32x128"] == 1 and rows["majority class"].metric == 0.5
     assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
     # As many steps for everybody: one recovery at the first speed-up, two at the second.

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from run_helpers import checkpoint, raw_checkpoint, splits, stage_folders, texts
 from tiny_models import tiny
 from transformers import AutoModelForSequenceClassification
 
+from smbert._report_tables import INT8_TEACHER
 from smbert.recipe import Recipe
 from smbert.report import Report
 from smbert.stages import Distill, Outline, WidthPruning
@@ -170,7 +172,15 @@ def test_few_labels_and_much_unlabelled_text(
     recipe = script("unlabelled")
     assert recipe.main(argv) == 0
     report = Report.read(tmp_path / "out")
-    names = ["teacher", "smbert", "same shape, no distillation", "same shape, twice the labels", "majority class"]
+    int8 = [INT8_TEACHER] if find_spec("onnx") and find_spec("onnxruntime") else []
+    names = [
+        "teacher",
+        *int8,
+        "smbert",
+        "same shape, no distillation",
+        "same shape, twice the labels",
+        "majority class",
+    ]
     assert [(row.seed, row.name) for row in report.rows] == [(seed, name) for seed in (0, 1) for name in names]
     stages = {p.name: json.loads((p / "stage.json").read_text()) for p in (tmp_path / "out" / "seed-0").glob("0*")}
     rows = {name: record["train_rows"] for name, record in stages.items()}
@@ -182,6 +192,8 @@ def test_few_labels_and_much_unlabelled_text(
     monkeypatch.setattr(SmbertTrainer, "train", None)  # a second run trains nothing
     assert recipe.main(argv) == 0
     assert [r.metrics for r in Report.read(tmp_path / "out").rows] == [r.metrics for r in report.rows]
+    assert recipe.main([*argv, "--no-int8-teacher"]) == 0
+    assert INT8_TEACHER not in {row.name for row in Report.read(tmp_path / "out").rows}
     capsys.readouterr()
     assert recipe.main([*argv, "--labels", "30"]) == 2
     assert "half of the 41 labelled rows" in capsys.readouterr().err
