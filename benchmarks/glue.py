@@ -40,8 +40,8 @@ from smbert.inputs import as_recipe, tokenised
 from smbert.measure import environment
 from smbert.recipe import Recipe
 from smbert.report import Report, Row
-from smbert.runner import Runner, run_recipe, write_json
-from smbert.stages import Outline, TrainingStage
+from smbert.runner import Runner, context_at_end, run_recipe, write_json
+from smbert.stages import Outline, TrainingStage, VocabPruning
 from smbert.surgery import structure_of
 from smbert.tasks import load_task, tokenize, write_submission
 from smbert.teacher import freeze, predict_logits
@@ -96,6 +96,11 @@ def run(args: argparse.Namespace) -> None:
     recipe = as_recipe(args.recipe)
     if changes := pairs(args.changes, "--set"):
         recipe = recipe.override(changes)
+    if args.intermediate and any(isinstance(stage, VocabPruning) for stage in recipe.stages):
+        raise ValueError(
+            "`--recipe` must not prune the vocabulary together with `--intermediate`, whose encoder all tasks share with the checkpoint's own "
+            "tokenizer. To resolve, leave out one of the two."
+        )
     tasks, seeds = args.tasks.split(","), [int(s) for s in args.seeds.split(",")]
     controls = seeds if args.control_seeds is None else [int(s) for s in args.control_seeds.split(",") if s]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -207,6 +212,8 @@ def cell(
     context = Context(data=tokenised(task, data, common["tokenizer"], recipe.max_length), seed=seed, **common)
     set_seed(seed)
     raw = with_head(load_model(args.model), task)
+    if encoder is None:  # else checked on the intermediate task
+        recipe.check(Outline(structure_of(raw)), replace(context, teacher=raw))
     teacher, record = Runner(folder).run(recipe.teacher, raw, context, "00-teacher")
     models, seconds = {TEACHER: teacher}, {TEACHER: record["seconds"]}
     if tuned is not None:
@@ -224,12 +231,16 @@ def cell(
         chain, start = replace(recipe, stages=recipe.stages[-1:]), with_head(copy.deepcopy(encoder), task)
     if args.pool_samples:
         chain, taught = with_pool(args, chain, taught)
-    small, records = run_recipe(chain, start, taught, Runner(folder / "smbert"))
+    runner = Runner(folder / "smbert")
+    small, records = run_recipe(chain, start, taught, runner)
+    contexts = {STUDENT: context_at_end(chain, taught, runner)}  # vocab_pruning leaves another tokenizer
     models[STUDENT], seconds[STUDENT] = small, sum(r["seconds"] for r in records)
     control = undistilled(recipe, small)
     if args.control_steps:
         control = control.override({"finetune.max_steps": args.control_steps})
-    twin, records = run_recipe(control, raw, context, Runner(folder / "undistilled"))
+    runner = Runner(folder / "undistilled")
+    twin, records = run_recipe(control, raw, context, runner)
+    contexts[UNDISTILLED] = context_at_end(control, context, runner)
     models[UNDISTILLED], seconds[UNDISTILLED] = twin, sum(r["seconds"] for r in records)
     if "test" in data and len(data["test"]) and not args.no_submissions:
         for label, model in models.items():
@@ -237,7 +248,7 @@ def cell(
                 model,
                 task,
                 data,
-                context,
+                contexts.get(label, context),
                 folder / "submission" / label.replace(" ", "_").replace(",", ""),
                 recipe.max_length,
             )
@@ -245,7 +256,7 @@ def cell(
     if int8_teacher:
         timed, notes = with_int8_teacher(models, context.tokenizer, folder / "teacher-int8")
         notes = [f"{note} A cell is measured anew where its file in cells/ is deleted." for note in notes]
-    return [row.to_dict() for row in rows_of(timed, context, seconds, data)], notes
+    return [row.to_dict() for row in rows_of(timed, context, seconds, data, contexts=contexts)], notes
 
 
 def submission(model: PreTrainedModel, task: Any, data: Any, context: Context, folder: Path, max_length: int) -> None:

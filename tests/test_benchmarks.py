@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import random
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 from conftest import NOISE, TELLING
 from datasets import Dataset
 from tiny_models import tiny
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -361,6 +363,35 @@ def test_glue_on_the_tasks_themselves(load, teacher, data_dir, recipe, tmp_path)
     int8 = ["teacher in int8 (ONNX Runtime)"] if served else []
     names = ["teacher", *int8, "smbert", "same shape, no distillation", "majority class"]
     assert [row.name for row in report.rows] == names and len(report.notes) == 1 - len(int8)
+
+
+def test_glue_reads_a_student_of_fewer_pieces_with_its_own_tokenizer(
+    load, teacher, data_dir, recipe, tokenizer, tmp_path, monkeypatch, capsys
+):
+    command = ["--model", str(tmp_path / "raw"), "--tasks", "mrpc", "--recipe", str(recipe), "--data-dir", str(data_dir),
+               "--set", "teacher.max_steps=1", "--no-int8-teacher", "--disable-tqdm", "--output", str(tmp_path / "out")]  # fmt: skip
+    recipe.write_text(RECIPE + "  - {kind: vocab_pruning}\n", encoding="utf-8")
+    whole, known = tokenizer.backend_tokenizer, tokenizer.get_vocab()
+    pieces = Tokenizer(models.WordPiece({**known, "neverread": len(known)}, unk_token="[UNK]"))
+    pieces.pre_tokenizer, pieces.post_processor = whole.pre_tokenizer, whole.post_processor
+    shutil.copytree(teacher, tmp_path / "raw")
+    names = {**tokenizer.special_tokens_map, "model_input_names": tokenizer.model_input_names}
+    PreTrainedTokenizerFast(tokenizer_object=pieces, model_max_length=60, **names).save_pretrained(tmp_path / "raw")
+    glue, sizes = load("glue"), {}
+    rows_of = glue.rows_of
+
+    def noting(models, context, *args, contexts, **kwargs):
+        for name, model in models.items():
+            sizes[name] = (len(contexts.get(name, context).tokenizer), structure_of(model).vocab_size)
+        return rows_of(models, context, *args, contexts=contexts, **kwargs)
+
+    monkeypatch.setattr(glue, "rows_of", noting)
+    assert glue.main(command) == 0
+    assert sizes["teacher"][0] > sizes["smbert"][0] == sizes["smbert"][1]
+    assert sizes["same shape, no distillation"] == sizes["smbert"]
+    capsys.readouterr()
+    assert glue.main([*command, "--intermediate", "mnli"]) == 2
+    assert "must not prune the vocabulary" in capsys.readouterr().err
 
 
 def test_glue_refuses_an_unknown_task(load, teacher, data_dir, recipe, tmp_path, capsys):
