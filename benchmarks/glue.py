@@ -164,7 +164,7 @@ def compressed_encoder(
         chain = replace(chain, teacher=replace(chain.teacher, epochs=args.intermediate_epochs))
     chain = chain.through(task.name)
     # The intermediate task is the target here, and the last stage of the chain belongs to the cells.
-    chain = replace(chain, stages=tuple(replace(s, task=None) for s in chain.stages[:-1]))
+    chain = replace(chain, stages=tuple(replace(s, task=None) if hasattr(s, "task") else s for s in chain.stages[:-1]))
     set_seed(0)
     model = load_model(args.model)
     chain.check(Outline(structure_of(model)), replace(context, teacher=model))

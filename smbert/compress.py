@@ -132,7 +132,7 @@ def compress(
         intermediate: GLUE tasks by name (from `data_dir` or the Hub), or task name -> data, for stages with `task: NAME`.
         teacher: fine-tuned checkpoint to learn from; default: the model itself, fine-tuned.
         tokenizer: default: the model's own.
-        compute_metrics: (logits, labels) -> {name: value}, the headline first; default: the task's metrics.
+        compute_metrics: EvalPrediction (also a pair: logits, labels) -> {name: value}, the headline first; default: the task's metrics.
         target: {"speedup": 6}, {"params": "35%"} or {"latency_ms": 12}; sets the recipe's sizes by measuring on this device.
         output_dir: where everything goes.
         args: `TrainingArguments` fields for every training stage (bf16, gradient_accumulation_steps, report_to, ...).
@@ -189,6 +189,7 @@ def compress(
             seed=seed,
             compute_metrics=compute_metrics,
         )
+    context.check_metrics()
     for what, checked in (("model", student), ("teacher", master)):
         if checked is not None:
             check_fits(checked, what, context)

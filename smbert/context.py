@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from .measure import supports_bf16
 from .tasks import Task
 from .teacher import DistillCollator, predict_logits
 
@@ -50,7 +51,7 @@ class Context:
         seed: of every random choice.
         cache_dir: teacher logits and other reusable intermediate results.
         results: folders of the stages that are done, by their folder name such as "01-finetune".
-        compute_metrics: replaces the task's own metrics; (logits, labels) -> {name: value}, the headline first.
+        compute_metrics: replaces the task's own metrics; EvalPrediction (also a pair: logits, labels) -> {name: value}, the headline first.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,6 +69,11 @@ class Context:
     @property
     def collator(self) -> DistillCollator:
         return DistillCollator(self.tokenizer)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the run computes under bf16 autocast wherever it need not be exact: as `args` say, else where the hardware has it."""
+        return bool(self.args.get("bf16", supports_bf16(device_of_run()) and not self.args.get("fp16")))
 
     @property
     def disable_tqdm(self) -> bool:
@@ -89,9 +95,26 @@ class Context:
         labels = np.asarray(rows["labels"][:])
         logits = predict_logits(model, rows, self.collator, disable_tqdm=self.disable_tqdm)
         if self.compute_metrics is not None and data is self.data:
-            return {k: float(v) for k, v in self.compute_metrics((logits, labels)).items()}
+            return {k: float(v) for k, v in self.compute_metrics(EvalPrediction(logits, labels)).items()}
         metrics = data.task.compute(logits, labels)
         return {data.task.headline: metrics[data.task.headline], **metrics}
+
+    def check_metrics(self) -> None:
+        """ValueError where `compute_metrics` cannot digest what it will get, before hours of training have shown it."""
+        if self.compute_metrics is None:
+            return
+        rows = self.data.validation.select(range(min(64, len(self.data.validation))))
+        logits = np.random.default_rng(0).standard_normal((len(rows), self.data.task.num_labels), dtype=np.float32)
+        try:
+            found = self.compute_metrics(EvalPrediction(logits, np.asarray(rows["labels"][:])))
+            good = len(found) > 0 and all(isinstance(float(value), float) for value in found.values())
+        except Exception as error:
+            raise ValueError(
+                f"`compute_metrics` must take an EvalPrediction of logits {logits.shape} and labels, and failed: "
+                f"{type(error).__name__}: {error}. To resolve, correct it."
+            ) from error
+        if not good:
+            raise ValueError(f"`compute_metrics` must give {{name: number}}, got {found!r}. To resolve, correct it.")
 
 
 def on_device(model: Model) -> Model:

@@ -50,7 +50,7 @@ def as_options(args: Mapping[str, Any] | TrainingArguments | None) -> dict[str, 
     """
     if isinstance(args, TrainingArguments):
         default, given = TrainingArguments(output_dir=args.output_dir).to_dict(), args.to_dict()
-        args = {k: v for k, v in given.items() if k not in STAGE_OWNED and v != default[k]}
+        args = {k: v for k, v in given.items() if k != "output_dir" and v != default[k]}
     options = dict(args or {})
     if unknown := sorted(set(options) - set(TrainingArguments.__dataclass_fields__)):
         raise ValueError(

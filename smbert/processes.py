@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -13,9 +14,10 @@ def process_state() -> PartialState:
     """The state that all parts of smbert share; the first call decides on the back end.
 
     Accelerator and TrainingArguments obey ACCELERATE_USE_CPU by themselves; a bare PartialState does not, and then every process
-    of a CPU launch takes itself for the main one.
+    of a CPU launch takes itself for the main one. The others wait for the main process while it asks the teacher, saves and measures,
+    which may take longer than the ten minutes or half an hour that torch allows.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
 
 
 def use_cores(threads: int | None = None) -> None:

@@ -180,7 +180,8 @@ class Recipe:
         }
         names |= dict.fromkeys(TARGET_TEACHER, f"01-{Finetune.kind}")
         for stage in self.stages:
-            changes: dict[str, Any] = {"task": task}
+            # A vocabulary is that of the target task wherever the stage stands.
+            changes: dict[str, Any] = {"task": task} if hasattr(stage, "task") else {}
             if isinstance(stage, Distill):
                 changes["teacher"] = names.get(stage.teacher, stage.teacher)
             moved.append(replace(stage, **changes))  # type: ignore[arg-type]

@@ -281,7 +281,8 @@ class SmbertTrainer(Trainer):
 def training_arguments(output_dir: Path, overrides: Mapping[str, Any], **stage_values: Any) -> TrainingArguments:
     """The Trainer's arguments: our defaults, then the user's `args`, then what the stage itself fixes.
 
-    bf16 autocast is on where the hardware has it, batches are grouped by length, nothing is reported anywhere unless asked.
+    bf16 autocast is on where the hardware has it, batches are grouped by length, nothing is reported anywhere unless asked. A process
+    trains on one GPU; several take `accelerate launch`.
     """
     defaults: dict[str, Any] = {
         # bf16 on a CPU is refused unless the CPU is asked for by name.
@@ -298,7 +299,11 @@ def training_arguments(output_dir: Path, overrides: Mapping[str, Any], **stage_v
         "remove_unused_columns": False,
         "label_names": ["labels"],
     }
-    return TrainingArguments(output_dir=str(output_dir), **{**defaults, **overrides, **stage_values})
+    args = TrainingArguments(output_dir=str(output_dir), **{**defaults, **overrides, **stage_values})
+    if args.n_gpu > 1:
+        # A process that sees several GPUs would split its batches by nn.DataParallel, whose replicas share hooks and teacher.
+        args._n_gpu = 1
+    return args
 
 
 @contextmanager

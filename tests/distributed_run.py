@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from run_helpers import QUIET, splits, tiny_recipe
+from run_helpers import FAST, QUIET, splits, tiny_recipe
 from transformers import AutoModelForSequenceClassification
 
 import smbert
@@ -20,6 +20,13 @@ from smbert.trainer import SmbertTrainer
 def main(model: str, out: str) -> None:
     state = process_state()
     assert state.num_processes == 2 and dist.get_world_size() == 2 and dist.get_backend() == "gloo"
+    sys.modules["smbert.compress"].SHAPES = ((1, 16),)  # type: ignore[attr-defined]
+    data = splits()
+    # Neither head nor last layer gets a gradient from the queries, keys and values of the last layer.
+    relation = smbert.compress(
+        model, [smbert.Distill(objectives=({"kind": "relation"},), **FAST)], train_dataset=data["train"], eval_dataset=data["validation"],
+        output_dir=f"{out}-relation", args=QUIET, baseline=False, int8_teacher=False,
+    )  # fmt: skip
     scored, plans, trained = [], [], []
     batches: list[list[str]] = []
     width: Any = sys.modules["smbert.stages.width"]
@@ -51,8 +58,6 @@ def main(model: str, out: str) -> None:
     width.score, width.keep_units = spy_score, spy_plan
     for stage in smbert.STAGES.values():
         stage.run = spy_run(stage.run)  # type: ignore[method-assign]
-    sys.modules["smbert.compress"].SHAPES = ((1, 16),)  # type: ignore[attr-defined]
-    data = splits()
     runs = []
     for _ in range(2):  # the second is a resumed one
         result = smbert.compress(
@@ -62,6 +67,7 @@ def main(model: str, out: str) -> None:
         runs.append(model_fingerprint(result.model))
     loaded = AutoModelForSequenceClassification.from_pretrained(result.model_dir)
     about = {
+        "relation": model_fingerprint(relation.model),
         "runs": runs,
         "loaded": model_fingerprint(loaded),
         "rows_scored": scored,

@@ -33,7 +33,7 @@ from run_helpers import (
     wait_for,
 )
 from tiny_models import tiny
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, TrainingArguments
 
 import smbert
 from smbert.compress import CompressionResult, compress
@@ -334,6 +334,31 @@ def test_own_metrics(tuned: Path, tmp_path: Path) -> None:
     result = run(tuned, tmp_path, SHORT, compute_metrics=metrics)
     rows = check(result, tmp_path, set())
     assert rows["smbert"].metric_name == "right" and rows["smbert"].metrics["rows"] == 16
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [(lambda p: {"right": (p.logits == 0).mean()}, "AttributeError"), (lambda p: {}, "name: number"), (lambda p: {"a": None}, "TypeError")],
+)  # fmt: skip
+def test_own_metrics_that_cannot_work_are_refused_before_any_work(
+    tuned: Path, tmp_path: Path, metrics: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tuned, tmp_path / "out", SHORT, compute_metrics=metrics)
+    assert not any((tmp_path / "out").glob("*distill*"))
+
+
+def test_metrics_of_a_trainer_work_as_they_are(tuned: Path, tmp_path: Path) -> None:
+    def metrics(p: EvalPrediction) -> dict[str, float]:
+        return {"right": float((p.predictions.argmax(1) == p.label_ids).mean())}
+
+    assert run(tuned, tmp_path, SHORT, compute_metrics=metrics).report.rows[0].metric_name == "right"
+
+
+def test_learning_rates_of_training_arguments_are_not_dropped_in_silence(tuned: Path, tmp_path: Path) -> None:
+    options = TrainingArguments(str(tmp_path / "x"), learning_rate=3e-4, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="learning_rate, which the stages set"):
+        run(tuned, tmp_path / "out", args=options)
 
 
 def test_a_new_head_replaces_one_that_would_fit(tuned: Path, tmp_path: Path) -> None:

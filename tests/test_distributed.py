@@ -58,6 +58,10 @@ def test_each_rank_has_the_same_plan_and_the_same_weights(ranks: list[dict[str, 
     assert one["runs"] == two["runs"] and len(set(one["runs"])) == 1
 
 
+def test_a_loss_that_leaves_the_head_alone_trains(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["relation"] == ranks[1]["relation"]
+
+
 def test_the_rows_are_shared_out(ranks: list[dict[str, Any]]) -> None:
     assert [rank["rows_scored"] for rank in ranks] == [[4], [4]]
     # Four stages train for two steps of eight rows: four on each rank, and not the same four.

@@ -285,6 +285,14 @@ def test_override_refuses_paths_that_lead_nowhere(path: str, message: str) -> No
         Recipe(stages=(Finetune(), Distill(), Distill(), WidthPruning())).override({path: 1})
 
 
+def test_through_takes_the_stages_that_belong_to_no_task() -> None:
+    stages = (VocabPruning(), EmbeddingFactorisation(rank=8), Distill())
+    assert Recipe(stages=stages).through("mnli").stages[1:4] == (
+        *stages[:2],
+        replace(stages[2], task="mnli", teacher="01-finetune"),
+    )
+
+
 def test_through_moves_the_chain_to_the_intermediate_task_and_repeats_its_last_stage() -> None:
     last = Distill(epochs=2, objectives=(GoldObjective(),))
     own = Distill(teacher="01-depth_reduction")

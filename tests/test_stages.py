@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -310,6 +311,21 @@ def counted(model: PreTrainedModel) -> list[int]:
     calls: list[int] = []
     model.register_forward_hook(lambda _m, _a, kwargs, _o: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
     return calls
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_teacher_and_the_scores_obey_bf16_as_the_training_does(
+    bf16: bool, context: Context, teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill, width = (importlib.import_module(f"smbert.stages.{name}") for name in ("distill", "width"))
+    seen: list[Any] = []
+    logits, score = distill.cached_logits, width.score
+    monkeypatch.setattr(distill, "cached_logits", lambda *a, **k: seen.append(k["bf16"]) or logits(*a, **k))
+    monkeypatch.setattr(width, "score", lambda *a, **k: seen.append(k["autocast"] is not None) or score(*a, **k))
+    context = replace(context, teacher=teacher, args={**context.args, "bf16": bf16})
+    Distill(objectives=(LogitsObjective(),), **QUICK).run(copy.deepcopy(teacher), context, tmp_path / "distill")
+    WidthPruning(heads=3, ffn=48, samples=8).run(copy.deepcopy(teacher), context, tmp_path / "width")
+    assert seen == [bf16, bf16]
 
 
 def test_cached_logits_spare_the_teacher_the_second_run(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import batch, tiny
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from smbert.context import Context
 from smbert.modeling import FAMILIES, encoder_layers
@@ -473,3 +473,9 @@ def test_arguments_come_from_the_defaults_then_the_user_then_the_stage(tmp_path:
 def test_fp16_takes_the_place_of_bf16(tmp_path: Path) -> None:
     args = training_arguments(tmp_path, {"fp16": True})
     assert (args.fp16, args.bf16) == (True, False)
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise the Trainer wraps the model in nn.DataParallel.
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: vars(self).get("_n_gpu") or 4))
+    assert training_arguments(tmp_path, {}).n_gpu == 1

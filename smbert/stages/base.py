@@ -140,7 +140,7 @@ class TrainingStage(Stage):
     ) -> dict[str, Any]:
         """Train `holder` on `rows`, going on from the newest checkpoint in `workdir`; returns what to record."""
         rows_at_once = process_state().num_processes * int(context.args.get("gradient_accumulation_steps", 1))
-        student = holder.student
+        student, needs = holder.student, holder.objective.needs
         frozen = []
         if self.freeze_embeddings:
             frozen = [
@@ -158,7 +158,8 @@ class TrainingStage(Stage):
             warmup_steps=self.warmup_ratio,
             weight_decay=self.weight_decay,
             seed=context.seed,
-            ddp_find_unused_parameters=isinstance(holder, Theseus),
+            # Without a loss on the logits the head learns nothing, nor does what lies above the highest layer that is compared.
+            ddp_find_unused_parameters=isinstance(holder, Theseus) or not (needs.teacher_logits or needs.labels),
         )
         best = BestEpoch(student, context, data.task.name, workdir) if self.keep_best else None
         trainer = SmbertTrainer(

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from ..checkpoints import load_model
 from ..context import Context, TaskData, on_device
 from ..heads import with_head
-from ..measure import supports_bf16
 from ..objectives import (
     OBJECTIVES,
     AttentionObjective,
@@ -141,7 +140,7 @@ class Distill(TrainingStage):
         teacher = student if labelled_before and context.teacher is None else self._teacher(context)
         objective = build_objectives(self.objectives, structure_of(student), structure_of(teacher), data.task.kind)
         live, states = objective.needs.live_teacher, None
-        collator, bf16 = context.collator, supports_bf16()
+        collator, bf16 = context.collator, context.bf16
         if live and not labelled_before and not objective.needs.teacher_qkv:
             steps = self.max_steps if self.max_steps > 0 else self.epochs * len(rows) / self.batch_size
             layers, passes = objective.needs.teacher_hidden, steps * self.batch_size / len(rows)

@@ -16,9 +16,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from .._sizes import Size, parse
-from ..context import Context, device_of_run, on_device
+from ..context import Context, on_device
 from ..importance import sum_over_ranks
-from ..measure import latency, supports_bf16
+from ..measure import latency
 from ..processes import process_state
 from ..retraining_free.calibration import CalibrationLoss
 from ..retraining_free.cost_table import CostTable, counted_costs
@@ -201,7 +201,7 @@ class RetrainingFreePruning(Stage):
 
     def _autocast(self, context: Context) -> torch.dtype | None:
         """Of what only ranks; all least squares run in the weights' own precision."""
-        return torch.bfloat16 if context.args.get("bf16", supports_bf16(device_of_run())) else None
+        return torch.bfloat16 if context.bf16 else None
 
     def _rows(self, context: Context) -> Dataset:
         data = context.data_for(self.task).train

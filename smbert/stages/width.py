@@ -16,7 +16,7 @@ from .._sizes import Size, parse, round_up
 from ..allocate import Budget, plan_for
 from ..context import Context, device_of_run, on_device
 from ..importance import SCORERS, score, sum_over_ranks
-from ..measure import count_parameters, supports_bf16
+from ..measure import count_parameters
 from ..surgery import Structure, keep_units, structure_of
 from ..trainer import training_attention
 from .base import Outline, Stage, as_text, batches_of_rank, known_task
@@ -112,7 +112,7 @@ class WidthPruning(Stage):
                     model,
                     batches,
                     self.scorer,
-                    autocast=torch.bfloat16 if supports_bf16() else None,
+                    autocast=torch.bfloat16 if context.bf16 else None,
                     reduce=sum_over_ranks,
                 )
             budget = Budget(**self._limits()).between(original, step / self.iterations)
