@@ -356,6 +356,7 @@ def run_bench(args: argparse.Namespace) -> None:
     import torch
 
     from .checkpoints import load_model
+    from .context import on_device
     from .measure import count_parameters, environment, latency, speedups
 
     try:
@@ -364,7 +365,7 @@ def run_bench(args: argparse.Namespace) -> None:
         raise ValueError(
             f"`--shapes` must look like 1x128,32x128, got {args.shapes!r}. To resolve, correct it."
         ) from None
-    models = {place: load_model(place) for place in args.models}
+    models = {place: on_device(load_model(place)) for place in args.models}
     dtype = getattr(torch, args.dtype)
     timed = latency(models, shapes, dtype=dtype, threads=args.threads)
     faster = speedups(timed, args.models[0])

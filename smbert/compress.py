@@ -46,7 +46,7 @@ from .stages import (
 from .surgery import structure_of
 from .target import Sizes, Target, sizes_for, with_sizes
 from .tasks import Task, majority_baseline
-from .teacher import freeze
+from .teacher import freeze, model_fingerprint
 
 STUDENT, UNDISTILLED, MAJORITY = "smbert", "same shape, no distillation", "majority class"
 UNTRAINED = "no task yet"
@@ -194,7 +194,7 @@ def compress(
         if checked is not None:
             check_fits(checked, what, context)
     if goal is not None:
-        chain = with_sizes(chain, student, _sizes(goal, master or student, runner))
+        chain = with_sizes(chain, student, _sizes(goal, student, master or student, runner))
     from_teacher = teacher is None and chain.start == "teacher"
     # Until the teacher exists, a model of its shape stands in for it in the check.
     untrained = None if finetuned or from_teacher else UNTRAINED
@@ -249,14 +249,17 @@ def compress(
     return CompressionResult(small, tok, report, runner.output_dir, chain)
 
 
-def _sizes(goal: Target, model: PreTrainedModel, runner: Runner) -> Sizes:
+def _sizes(goal: Target, model: PreTrainedModel, baseline: PreTrainedModel, runner: Runner) -> Sizes:
     """The sizes that meet the goal: measured once per run, by the main process, and kept, so that a resumed run agrees."""
     file = runner.output_dir / "target.json"
-    asked = {"goal": goal.goal, "value": goal.value, "shape": goal.shape_name}
+    asked = {
+        "goal": goal.goal, "value": goal.value, "shape": goal.shape_name,
+        "model": model_fingerprint(model), "baseline": model_fingerprint(baseline),
+    }  # fmt: skip
     known = file.is_file() and not runner.starts_over and json.loads(file.read_text())["asked"] == asked
     if runner.state.is_main_process and not known:
         runner.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"asked": asked, "sizes": asdict(sizes_for(goal, model))})
+        write_json(file, {"asked": asked, "sizes": asdict(sizes_for(goal, model, baseline))})
     runner.state.wait_for_everyone()
     return Sizes(**json.loads(file.read_text())["sizes"])
 

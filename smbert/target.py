@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ._sizes import count_from, parse
+from .context import on_device
 from .measure import count_parameters, encoder_macs, latency
 from .modeling import encoder_layers
 from .recipe import Recipe
@@ -126,14 +128,20 @@ def cut_to(model: PreTrainedModel, sizes: Sizes) -> PreTrainedModel:
     return keep_units(shallow, plan)
 
 
-def sizes_for(target: Target, model: PreTrainedModel) -> Sizes:
-    """The largest of `candidates` that meets the target, found by bisection; time is measured, not computed.
+def sizes_for(target: Target, model: PreTrainedModel, baseline: PreTrainedModel | None = None) -> Sizes:
+    """The largest of `candidates` that meets the target, found by bisection; time is measured on the run's device, not computed.
+
+    Args:
+        target: the goal.
+        model: what is to be cut.
+        baseline: what speed-ups and shares of parameters refer to: the teacher; default: `model`.
 
     Raises:
         ValueError: none meets it; the message says what the smallest reaches.
     """
     options = candidates(model)
-    meets = _by_parameters(target, model) if target.goal == "params" else _by_time(target, model)
+    whole = model if baseline is None else baseline
+    meets = (_by_parameters if target.goal == "params" else _by_time)(target, model, whole)
     low, high = 0, len(options) - 1
     reached, enough = meets(options[high])
     if not enough:
@@ -149,9 +157,11 @@ def sizes_for(target: Target, model: PreTrainedModel) -> Sizes:
     return options[high]
 
 
-def _by_parameters(target: Target, model: PreTrainedModel) -> Callable[[Sizes], tuple[str, bool]]:
+def _by_parameters(
+    target: Target, model: PreTrainedModel, whole: PreTrainedModel
+) -> Callable[[Sizes], tuple[str, bool]]:
     wanted = parse(target.value, "params")
-    limit = wanted if isinstance(wanted, int) else int(wanted * count_parameters(model).total)
+    limit = wanted if isinstance(wanted, int) else int(wanted * count_parameters(whole).total)
 
     def meets(sizes: Sizes) -> tuple[str, bool]:
         total = count_parameters(cut_to(model, sizes)).total
@@ -160,10 +170,12 @@ def _by_parameters(target: Target, model: PreTrainedModel) -> Callable[[Sizes], 
     return meets
 
 
-def _by_time(target: Target, model: PreTrainedModel) -> Callable[[Sizes], tuple[str, bool]]:
+def _by_time(target: Target, model: PreTrainedModel, whole: PreTrainedModel) -> Callable[[Sizes], tuple[str, bool]]:
+    whole = on_device(copy.deepcopy(whole))  # the caller's stays where it is
+
     def meets(sizes: Sizes) -> tuple[str, bool]:
         timed = latency(
-            {"teacher": model, "candidate": cut_to(model, sizes)},
+            {"teacher": whole, "candidate": on_device(cut_to(model, sizes))},
             [target.shape], warmup=3, min_runs=15, min_seconds=2.0, disable_tqdm=True,
         )  # fmt: skip
         base, own = (timed[name][target.shape_name]["p50"] for name in ("teacher", "candidate"))

@@ -283,7 +283,7 @@ def test_a_target_of_parameters(tuned: Path, tmp_path: Path) -> None:
 
 def test_a_target_of_speed_is_measured_once(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(module, "sizes_for", lambda goal, model: seen.append(goal) or module.Sizes(2, 2, 32))
+    monkeypatch.setattr(module, "sizes_for", lambda goal, *models: seen.append(goal) or module.Sizes(2, 2, 32))
     target = {"speedup": 1.5, "shape": "2x16"}
     result = run(tuned, tmp_path, target=target)
     assert smbert.structure_of(result.model).layer_widths == ((2, 32), (2, 32))

@@ -173,6 +173,15 @@ def test_a_latency_counts_what_every_shape_costs(monkeypatch: pytest.MonkeyPatch
     assert sizes == next(o for o in candidates(model) if 5.0 + macs(cut_to(model, o)) / 1e6 <= 7.0)
 
 
+def test_a_larger_teacher_is_what_speed_and_share_refer_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch)
+    model, teacher = tiny("bert"), tiny("bert", layers=8, hidden_size=64, num_attention_heads=8, intermediate_size=256)
+    sizes = sizes_for(Target.of({"speedup": macs(teacher) / macs(model)}), model, teacher)
+    assert sizes == candidates(model)[0]  # the student as it is, whose sizes the teacher's would not fit
+    share = count_parameters(model).total / count_parameters(teacher).total
+    assert sizes_for(Target.of({"params": f"{100 * share + 1:.0f}%"}), model, teacher) == candidates(model)[0]
+
+
 def test_a_target_out_of_reach_says_what_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch, fixed_ms=5.0)
     model = tiny("bert")
