@@ -98,8 +98,9 @@ def _data(args: argparse.Namespace) -> tuple[Any, Any]:
     """The task and its data; the classes of one's own files are numbered as the model numbers them."""
     from .checkpoints import load_model
     from .cli import data_of
-    from .heads import label_names
+    from .heads import in_order_of, label_names
 
+    model = load_model(args.model, trust_remote_code=args.trust_remote_code)
     if args.validation_file and args.label_names is None:
-        args.label_names = label_names(load_model(args.model, trust_remote_code=args.trust_remote_code))
-    return data_of(args, ("validation",))
+        args.label_names = label_names(model)
+    return in_order_of(model, *data_of(args, ("validation",)))

@@ -332,7 +332,7 @@ def show_result(result: Any) -> None:
 def run_evaluate(args: argparse.Namespace) -> None:
     from .checkpoints import load_model
     from .context import Context
-    from .heads import check_labels, is_finetuned, label_names
+    from .heads import check_labels, in_order_of, is_finetuned, label_names
     from .inputs import as_tokenizer, tokenised
 
     model = load_model(args.model, trust_remote_code=args.trust_remote_code)
@@ -341,6 +341,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.validation_file and args.label_names is None:
         args.label_names = label_names(model)
     task, data = data_of(args, ("validation",))
+    task, data = in_order_of(model, task, data)
     check_labels(model, task)
     tokenizer = as_tokenizer(args.model, args.tokenizer, args.trust_remote_code)
     for split in task.validation_splits:

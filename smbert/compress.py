@@ -17,7 +17,7 @@ from ._model_card import write_whole
 from ._report_tables import TEACHER
 from .checkpoints import load_model, save_model
 from .context import Context, device_of_run, on_device
-from .heads import check_labels, is_finetuned, with_head
+from .heads import check_labels, in_order_of, is_finetuned, with_head
 from .inputs import (
     as_data,
     as_intermediate,
@@ -159,9 +159,8 @@ def compress(
     tok = as_tokenizer(model, tokenizer, trust_remote_code)
     finetuned = is_finetuned(model) and not new_head
     if finetuned:
+        spec, data = in_order_of(student, spec, data)
         check_labels(student, spec)
-    else:
-        student = with_head(student, spec, fresh=new_head)
     master: PreTrainedModel | None = None
     if teacher is not None:
         if not is_finetuned(teacher):
@@ -174,7 +173,11 @@ def compress(
             master = copy.deepcopy(teacher)
         else:
             master = load_model(teacher, trust_remote_code=trust_remote_code)
+        if not finetuned:
+            spec, data = in_order_of(master, spec, data)
         check_labels(master, spec)
+    if not finetuned:
+        student = with_head(student, spec, fresh=new_head)
     runner = Runner(output_dir, resume)
     with process_state().main_process_first():
         pool, pool_texts = tokenised_pool(unlabelled_dataset, spec, tok, chain.max_length)

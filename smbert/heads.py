@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from .tasks import Task
+from .tasks import Task, prepare
 
 HEAD = "ForSequenceClassification"
 
@@ -33,6 +35,19 @@ def label_names(model: PreTrainedModel) -> list[str] | None:
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
+def in_order_of(model: PreTrainedModel, task: Task, data: DatasetDict) -> tuple[Task, DatasetDict]:
+    """The task and its prepared data with the classes numbered as a fine-tuned model numbers them.
+
+    As they were, where the model has no names or others, and where the metric depends on which class is number 1.
+    """
+    own, spelling = label_names(model), {name.casefold(): name for name in task.label_names}
+    wanted = tuple(spelling.get(name.casefold(), "") for name in own or ())
+    if sorted(wanted) != sorted(task.label_names) or task.kind != "single_label" or "f1" in task.metrics:
+        return task, data
+    ordered = replace(task, label_names=wanted)
+    return ordered, data if ordered == task else prepare(ordered, data, tuple(data))
+
+
 def check_labels(model: PreTrainedModel, task: Task) -> None:
     """ValueError unless a fine-tuned model's labels are the task's, in number and in order."""
     if model.config.num_labels != task.num_labels:
@@ -45,15 +60,16 @@ def check_labels(model: PreTrainedModel, task: Task) -> None:
         return
     if [name.casefold() for name in own] != names:
         raise ValueError(
-            f"label names must agree, in this order: the model has {own}, the data have {list(task.label_names)}. To resolve, pass "
-            "`label_names` in the model's order, or new_head=True (flag --new-head) for a fresh classifier."
+            f"label names must agree, in this order: the model has {own}, the data have {list(task.label_names)}. To resolve, rename "
+            "the labels of one of them, or pass new_head=True (flag --new-head) for a fresh classifier."
         )
 
 
 def with_head(model: PreTrainedModel, task: Task, fresh: bool = False) -> PreTrainedModel:
     """The model itself if its head fits the task, else (or if `fresh`) a copy of its encoder under a fresh head.
 
-    The fresh head is initialised by the family's own rule from torch's global seed. Label names and problem type go to the config.
+    The fresh head is initialised by the family's own rule from torch's global seed. Problem type and label names go to the config; a
+    head that fits keeps its own names.
     """
     try:
         check_labels(model, task)
@@ -71,7 +87,7 @@ def with_head(model: PreTrainedModel, task: Task, fresh: bool = False) -> PreTra
         getattr(new, new.base_model_prefix).load_state_dict(body.state_dict(), strict=False)
         model = new.to(model.device).train(model.training)
     model.config.problem_type = task.problem_type  # type: ignore[assignment]
-    if task.label_names:
+    if task.label_names and not (fits and label_names(model)):
         model.config.id2label = dict(enumerate(task.label_names))
         model.config.label2id = {name: i for i, name in enumerate(task.label_names)}
     return model

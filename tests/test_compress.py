@@ -579,13 +579,23 @@ def test_labels_that_disagree(refused: Callable[..., str], tuned: Path, tmp_path
     model = tiny("bert", max_position_embeddings=132)
     model.config.id2label, model.config.label2id = {0: "up", 1: "down"}, {"up": 0, "down": 1}
     place = checkpoint(tmp_path / "named", model)
-    named = rows(["up", "down"])
+    named = rows(["good", "bad"])
     contains(
-        refused(place, train_dataset=named, eval_dataset=named), "in this order", "['up', 'down']", "['down', 'up']"
+        refused(place, train_dataset=named, eval_dataset=named), "in this order", "['up', 'down']", "['bad', 'good']"
     )
     contains(
         refused(tuned, train_dataset=three, eval_dataset=three, teacher=tuned, new_head=True), "2 labels", "have 3"
     )
+
+
+def test_a_checkpoint_keeps_the_names_and_the_order_of_its_classes(tmp_path: Path) -> None:
+    model = tiny("bert", max_position_embeddings=132)
+    model.config.id2label, model.config.label2id = {0: "UP", 1: "DOWN"}, {"UP": 0, "DOWN": 1}
+    place = checkpoint(tmp_path / "named", model)
+    recipe = Recipe(stages=(WidthPruning(heads=4, ffn=64, samples=8),))  # nothing is cut, nothing is learned
+    for name, data in (("words", rows(["up", "down"] * 4)), ("numbers", rows([0, 1] * 4))):
+        result = run(place, tmp_path / name, recipe, train_dataset=data, eval_dataset=data)
+        assert result.model.config.id2label == {0: "UP", 1: "DOWN"}
 
 
 @pytest.mark.parametrize(

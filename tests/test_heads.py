@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_models import batch, tiny
 from transformers import AutoModel
 
-from smbert.heads import check_labels, is_finetuned, label_names, with_head
+from smbert.heads import check_labels, in_order_of, is_finetuned, label_names, with_head
 from smbert.modeling import FAMILIES, encoder_layers
-from smbert.tasks import Task
+from smbert.tasks import Task, prepare
 
 BINARY = Task("t", ("text",), label_names=("down", "up"))
 THREE = Task("t", ("text",), label_names=("down", "flat", "up"))
@@ -45,6 +47,22 @@ def test_label_names() -> None:
 @pytest.mark.parametrize("names", [("down", "up"), ("DOWN", "Up"), ("LABEL_0", "LABEL_1")])
 def test_labels_that_agree(names: tuple[str, ...]) -> None:
     check_labels(named(*names), BINARY)
+
+
+def test_the_model_says_how_classes_are_numbered() -> None:
+    data = prepare(BINARY, {"train": Dataset.from_dict({"text": ["a", "b", "c"], "label": ["up", "down", "down"]})}, ())
+    task, ordered = in_order_of(named("UP", "DOWN"), BINARY, data)
+    assert task.label_names == ("up", "down") and ordered["train"]["label"][:] == [0, 1, 1]
+    for other in (named("down", "up"), named("LABEL_0", "LABEL_1"), named("good", "bad"), named("up", "down", "flat")):
+        assert in_order_of(other, BINARY, data) == (BINARY, data)
+    # F1 is that of class 1, whatever its name.
+    f1 = replace(BINARY, metrics=("f1",), headline="")
+    assert in_order_of(named("up", "down"), f1, data) == (f1, data)
+
+
+def test_a_head_that_fits_keeps_its_names() -> None:
+    assert with_head(named("DOWN", "UP"), BINARY).config.id2label == {0: "DOWN", 1: "UP"}
+    assert with_head(named("LABEL_0", "LABEL_1"), BINARY).config.id2label == {0: "down", 1: "up"}
 
 
 def test_classes_that_are_only_numbers_agree_with_any_names() -> None:
