@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from smbert._int8_row import with_int8_teacher
 from smbert.checkpoints import load_model
 from smbert.cli import guarded, pairs
-from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of, undistilled
+from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of, undistilled, untaught_start
 from smbert.context import Context
 from smbert.heads import with_head
 from smbert.inputs import as_recipe, tokenised
@@ -235,11 +235,12 @@ def cell(
     small, records = run_recipe(chain, start, taught, runner)
     contexts = {STUDENT: context_at_end(chain, taught, runner)}  # vocab_pruning leaves another tokenizer
     models[STUDENT], seconds[STUDENT] = small, sum(r["seconds"] for r in records)
-    control = undistilled(recipe, small)
+    untaught = untaught_start(recipe, raw, task)
+    control = undistilled(recipe, small, untaught, len(context.data.train))
     if args.control_steps:
         control = control.override({"finetune.max_steps": args.control_steps})
     runner = Runner(folder / "undistilled")
-    twin, records = run_recipe(control, raw, context, runner)
+    twin, records = run_recipe(control, untaught, context, runner)
     contexts[UNDISTILLED] = context_at_end(control, context, runner)
     models[UNDISTILLED], seconds[UNDISTILLED] = twin, sum(r["seconds"] for r in records)
     if "test" in data and len(data["test"]) and not args.no_submissions:

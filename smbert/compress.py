@@ -24,7 +24,6 @@ from .inputs import (
     as_options,
     as_recipe,
     as_tokenizer,
-    check_fits,
     tokenised,
     tokenised_pool,
 )
@@ -37,9 +36,9 @@ from .stages import (
     DepthReduction,
     Distill,
     EmbeddingFactorisation,
-    Finetune,
     Outline,
     Stage,
+    TrainingStage,
     VocabPruning,
     WidthPruning,
 )
@@ -195,7 +194,7 @@ def compress(
     context.check_metrics()
     for what, checked in (("model", student), ("teacher", master)):
         if checked is not None:
-            check_fits(checked, what, context)
+            context.check_fits(checked, what)
     if goal is not None:
         chain = with_sizes(chain, student, _sizes(goal, student, master or student, runner))
     from_teacher = teacher is None and chain.start == "teacher"
@@ -229,8 +228,10 @@ def compress(
     tok = contexts[STUDENT].tokenizer
     seconds[STUDENT] = sum(r["seconds"] for r in records)
     if baseline:
-        twin_chain, twin_runner = undistilled(chain, small), Runner(runner.output_dir / "undistilled", resume)
-        twin, twin_records = run_recipe(twin_chain, student, context, twin_runner)
+        start = untaught_start(chain, student, spec)
+        twin_chain = undistilled(chain, small, start, len(context.data.train))
+        twin_runner = Runner(runner.output_dir / "undistilled", resume)
+        twin, twin_records = run_recipe(twin_chain, start, context, twin_runner)
         models[UNDISTILLED] = twin
         contexts[UNDISTILLED] = context_at_end(twin_chain, context, twin_runner)
         seconds[UNDISTILLED] = sum(r["seconds"] for r in twin_records)
@@ -267,24 +268,43 @@ def _sizes(goal: Target, model: PreTrainedModel, baseline: PreTrainedModel, runn
     return Sizes(**json.loads(file.read_text())["sizes"])
 
 
-def undistilled(recipe: Recipe, small: PreTrainedModel) -> Recipe:
+def untaught_start(recipe: Recipe, model: PreTrainedModel, task: Task) -> PreTrainedModel:
+    """What the control begins with: `model`, or the checkpoint that the recipe puts in its place."""
+    students = [s.student for s in recipe.stages if isinstance(s, Distill) and s.student]
+    return with_head(load_model(students[-1]), task) if students else model
+
+
+def undistilled(recipe: Recipe, small: PreTrainedModel, start: PreTrainedModel, rows: int) -> Recipe:
     """A recipe for a model of `small`'s shape that sees labels only: first layers, largest weights, plain fine-tuning.
 
     It gets the teacher's settings, and as many epochs, or steps, as the longest training of `recipe` on the target task.
+
+    Args:
+        recipe: of the distilled model.
+        small: the distilled model.
+        start: what the control is cut from.
+        rows: labelled ones that it learns from.
     """
     widths = structure_of(small).layer_widths
     heads, ffn = (tuple(w[i] for w in widths) for i in (0, 1))
-    shallower = any(isinstance(s, DepthReduction) or (isinstance(s, Distill) and s.student) for s in recipe.stages)
     least = min(1, *(min(pair) for pair in widths))  # whole sub-layers may be missing
-    trained = [s for s in [recipe.teacher, *recipe.stages] if isinstance(s, Distill | Finetune) and s.task is None]
+    stages = [recipe.teacher, *recipe.stages]
+    trained = [
+        s for s in stages if isinstance(s, TrainingStage) and s.task is None and getattr(s, "method", "") != "truncate"
+    ]
+    longest = max(trained, key=lambda s: s.max_steps if s.max_steps > 0 else s.epochs * rows / s.batch_size)
     return Recipe(
         name=UNDISTILLED,
         max_length=recipe.max_length,
         stages=(
-            *([DepthReduction(layers=len(widths), method="truncate")] if shallower else []),
+            *(
+                [DepthReduction(layers=len(widths), method="truncate")]
+                if len(widths) < structure_of(start).num_layers
+                else []
+            ),
             WidthPruning(heads=heads, ffn=ffn, scorer="magnitude", samples=1, min_heads=least, min_ffn=least),
             *(stage for stage in recipe.stages if isinstance(stage, EmbeddingFactorisation | VocabPruning)),
-            replace(recipe.teacher, epochs=max(s.epochs for s in trained), max_steps=max(s.max_steps for s in trained)),
+            replace(recipe.teacher, epochs=longest.epochs, max_steps=longest.max_steps),
         ),
     )
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from .measure import supports_bf16
+from .measure import max_positions, supports_bf16
+from .surgery import structure_of
 from .tasks import Task
 from .teacher import DistillCollator, predict_logits
 
@@ -98,6 +100,28 @@ class Context:
             return {k: float(v) for k, v in self.compute_metrics(EvalPrediction(logits, labels)).items()}
         metrics = data.task.compute(logits, labels)
         return {data.task.headline: metrics[data.task.headline], **metrics}
+
+    def check_fits(self, model: PreTrainedModel, what: str) -> None:
+        """ValueError where the tokenised rows hold ids or lengths that a model has no embeddings for.
+
+        Torch would say "index out of range" in the middle of the run, or, for ids of another tokenizer, nothing.
+        """
+        vocabulary, positions = structure_of(model).vocab_size, max_positions(model)
+        data = [self.data, *self.other.values()]
+        for rows in [*(d.train for d in data), *(d.validation for d in data), *([self.pool] if self.pool else [])]:
+            ids = rows.with_format("arrow")[:].column("input_ids")
+            highest, longest = pc.max(pc.list_flatten(ids)).as_py(), pc.max(pc.list_value_length(ids)).as_py()
+            if highest >= vocabulary:
+                raise ValueError(
+                    f"the tokenizer must be the one that the {what} was trained with: it gives ids up to {highest}, and the {what} has "
+                    f"{vocabulary} embeddings. To resolve, pass its own `tokenizer` (flag --tokenizer)"
+                    f"{', or a teacher that shares the tokenizer' if what.startswith('teacher') else ''}."
+                )
+            if -(-longest // 8) * 8 > positions:  # batches are padded to a multiple of 8
+                raise ValueError(
+                    f"`max_length` must not exceed the {positions} positions of the {what}, and there are rows of {longest} tokens. "
+                    f"To resolve, set it to {positions // 8 * 8} in the recipe (flag --max-length)."
+                )
 
     def check_metrics(self) -> None:
         """ValueError where `compute_metrics` cannot digest what it will get, before hours of training have shown it."""

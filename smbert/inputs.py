@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from .context import Context, TaskData
-from .measure import max_positions
+from .context import TaskData
 from .processes import process_state
 from .recipe import Recipe
 from .stages import Stage
-from .surgery import structure_of
 from .tasks import Task, custom_task_from, load_task, prepare, tokenize
 from .trainer import training_arguments
 
@@ -173,26 +170,3 @@ def tokenised_pool(
         return None, None
     checked = prepare(task, {"unlabelled": pool}, required=("unlabelled",))["unlabelled"]
     return tokenize(checked, task, tokenizer, max_length), checked  # type: ignore[return-value]
-
-
-def check_fits(model: PreTrainedModel, what: str, context: Context) -> None:
-    """ValueError where the tokenised rows hold ids or lengths that a model has no embeddings for.
-
-    Torch would say "index out of range" in the middle of the run, or, for ids of another tokenizer, nothing.
-    """
-    vocabulary, positions = structure_of(model).vocab_size, max_positions(model)
-    data = [context.data, *context.other.values()]
-    for rows in [*(d.train for d in data), *(d.validation for d in data), *([context.pool] if context.pool else [])]:
-        ids = rows.with_format("arrow")[:].column("input_ids")
-        highest, longest = pc.max(pc.list_flatten(ids)).as_py(), pc.max(pc.list_value_length(ids)).as_py()
-        if highest >= vocabulary:
-            raise ValueError(
-                f"the tokenizer must be the one that the {what} was trained with: it gives ids up to {highest}, and the {what} has "
-                f"{vocabulary} embeddings. To resolve, pass its own `tokenizer` (flag --tokenizer)"
-                f"{', or a teacher that shares the tokenizer' if what == 'teacher' else ''}."
-            )
-        if -(-longest // 8) * 8 > positions:  # batches are padded to a multiple of 8
-            raise ValueError(
-                f"`max_length` must not exceed the {positions} positions of the {what}, and there are rows of {longest} tokens. "
-                f"To resolve, set it to {positions // 8 * 8} in the recipe (flag --max-length)."
-            )

@@ -36,6 +36,7 @@ from tiny_models import tiny
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, TrainingArguments
 
 import smbert
+from smbert.checkpoints import load_model
 from smbert.compress import CompressionResult, compress
 from smbert.measure import count_parameters
 from smbert.objectives import GoldObjective, HiddenObjective, LogitsObjective, RelationObjective
@@ -256,6 +257,28 @@ def test_a_teacher_of_another_width(raw: Path, tuned: Path, tmp_path: Path) -> N
     result = run(raw, tmp_path / "raw", recipe, teacher=AutoModelForSequenceClassification.from_pretrained(teacher))
     check(result, tmp_path / "raw", {"majority class"})
     assert stage_folders(tmp_path / "raw") == ["01-depth_reduction", "02-distill"]
+
+
+def test_the_control_of_another_student_is_cut_from_that_student(tuned: Path, tmp_path: Path) -> None:
+    other = checkpoint(tmp_path / "other", tiny("bert", hidden_size=48, max_position_embeddings=132))
+    relation = {"objectives": ({"kind": "relation"}, {"kind": "logits"})}
+    recipe = Recipe(stages=(Distill(student=str(other), **relation, **FAST),), teacher=Finetune(**FAST))
+    result = run(tuned, tmp_path / "out", recipe, baseline=True)
+    twin = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "undistilled" / "02-finetune")
+    assert smbert.structure_of(twin) == smbert.structure_of(result.model) == smbert.structure_of(load_model(other))
+
+
+def test_the_control_trains_as_long_as_the_longest_stage(tuned: Path) -> None:
+    model = load_model(tuned)
+    for stages, expected in (
+        ((Distill(epochs=20), Distill(max_steps=10)), (20, -1)),
+        ((DepthReduction(epochs=15), Distill(epochs=2)), (15, -1)),
+        ((DepthReduction(epochs=15, method="truncate"), Distill(epochs=4)), (4, -1)),
+        ((Distill(epochs=2, batch_size=10), Distill(epochs=3, max_steps=21)), (3, 21)),
+    ):
+        recipe = Recipe(stages=stages, teacher=Finetune(epochs=1))
+        control = module.undistilled(recipe, model, model, 100).stages[-1]
+        assert (control.epochs, control.max_steps) == (pytest.approx(expected[0]), expected[1])
 
 
 def test_the_papers_recipe_with_fewer_steps(tuned: Path, tmp_path: Path) -> None:
@@ -571,6 +594,12 @@ def test_data_that_are_not_given(refused: Callable[..., str], tuned: Path, tmp_p
     nothing = {"train_dataset": None, "eval_dataset": None}
     contains(refused(tuned, task="nope", **nothing), "mrpc", "nope")
     contains(refused(tuned, task="mrpc", data_dir=tmp_path / "none", **nothing), "`data_dir`", "none")
+
+
+def test_a_student_that_cannot_read_the_rows(refused: Callable[..., str], tuned: Path, tmp_path: Path) -> None:
+    other = checkpoint(tmp_path / "other", tiny("bert", vocab_size=20, max_position_embeddings=132))
+    for stage in (Distill(student=str(other)), Distill(teacher=str(other))):
+        contains(refused(tuned, Recipe(stages=(stage,))), "01-distill", "20 embeddings")
 
 
 def test_labels_that_disagree(refused: Callable[..., str], tuned: Path, tmp_path: Path) -> None:

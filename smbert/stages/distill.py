@@ -84,7 +84,9 @@ class Distill(TrainingStage):
             )
         teacher = self._teacher_outline(before, after, context)
         if self.student is not None:
-            after = replace(after, structure=structure_of(load_model(self.student)), heads_known=True)
+            student = load_model(self.student)
+            context.check_fits(student, f"student {self.student}")
+            after = replace(after, structure=structure_of(student), heads_known=True)
         untaught = context.teacher is None and "teacher_logits" in context.data_for(self.task).train.column_names
         if untaught and (others := [o.name for o in self.objectives if o.kind not in ("logits", "gold")]):
             raise ValueError(
@@ -129,6 +131,7 @@ class Distill(TrainingStage):
                 f"`teacher` must have the {task.num_labels} labels of task {task.name!r}, got {self.teacher} with "
                 f"{model.config.num_labels}. To resolve, give a checkpoint that was fine-tuned on this task."
             )
+        context.check_fits(model, f"teacher {self.teacher}")
         return Outline(structure_of(model), task=after.task)
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
