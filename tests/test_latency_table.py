@@ -109,6 +109,10 @@ def test_tables_of_other_shapes_models_and_sizes_are_always_refused(table_file, 
     ):
         with pytest.raises(ValueError, match=rf"{told} .*To resolve"):
             latency_table(model, (2, 4), (32, 64), conditions, table_file, force=force)
+    eager = tiny("bert", layers=2)
+    eager.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"another attention \(sdpa and not eager\).*To resolve"):
+        latency_table(eager, (2, 4), (32, 64), SMALL, table_file, force=force)
     with pytest.raises(ValueError, match=r"another model .*layer_widths.*To resolve"):
         latency_table(tiny("bert", layers=3), (2, 4), (32, 64), SMALL, table_file, force=force)
     with pytest.raises(ValueError, match=r"heads sizes \[1, 3\] too.*To resolve"):
@@ -160,3 +164,25 @@ def test_the_stage_prunes_to_a_time(context, tmp_path, monkeypatch):
     assert info["latency_ms"]["predicted"] <= 26
     with pytest.raises(ValueError, match=r"`latency_ms` must be at least 4, the smallest.*got 3.*To resolve"):
         RetrainingFreePruning(latency_ms=3, **options).run(model, context, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"), [("obs", {"speedup": 1.5}), ("fisher", {"speedup": 1.5}), ("kprune", {"macs": "60%"})]
+)
+def test_timed_and_left_with_the_models_own_attention(context, tmp_path, monkeypatch, method, budget):
+    seen = []
+
+    def timed(models, batches, **options):
+        seen.extend(one.config._attn_implementation for one in models.values() if hasattr(one, "config"))
+        # Heads and neurons cost alike, so that any budget can be met.
+        ms = {"whole": 20.0, "empty": 2.0}
+        return {name: {"sizes": {"p50": ms.get(name) or 1 + float(name.split()[1])}} for name in models}
+
+    monkeypatch.setattr(module, "latency_on", timed)
+    monkeypatch.setattr(RetrainingFreePruning, "_measured", lambda *_: {})
+    model = tiny("bert", layers=2)
+    assert model.config._attn_implementation == "sdpa"
+    options = {"samples": 64, "calibration": 16, "search_steps": 0, "ffn_levels": 4, "shape": "2x16", "threads": 1}
+    pruned, _ = RetrainingFreePruning(method=method, **budget, **options).run(model, context, tmp_path)
+    assert seen == (["sdpa", "sdpa"] if "speedup" in budget else [])
+    assert pruned.config._attn_implementation == model.config._attn_implementation == "sdpa"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..surgery import PruningPlan, keep_units, structure_of
+from ..trainer import training_attention
 from .calibration import divergence, problem_kind
 from .cost_table import CostTable
 from .masksearch import mask_gradients
@@ -80,7 +81,9 @@ def prune_by_knowledge(
     units = {(part, layer): count for layer, pair in enumerate(widths) for part, count in zip(PARTS, pair)}
     kept: dict[tuple[str, int], tuple[int, ...]] = {}
     for number, (part, layer) in enumerate(keys):
-        scores = knowledge(model, copy, calls, batches, keys[number:], autocast, reduce)
+        # The streams stay on the back end that recorded `calls`, whose masks are its own.
+        with training_attention(copy):
+            scores = knowledge(model, copy, calls, batches, keys[number:], autocast, reduce)
         step = 1 if part == "attention_output" else multiple_of
         kept[part, layer] = _above_threshold(scores, price, (part, layer), left, step)
         left -= price[part] * len(kept[part, layer])

@@ -82,10 +82,16 @@ def latency_table(
         min_runs, min_seconds: as in `measure.latency`.
 
     Raises:
-        ValueError: a table of another machine, engine, shape, number of threads or model, or without these sizes.
+        ValueError: a table of another machine, engine, shape, number of threads, attention or model, or without these sizes.
     """
     sizes = {"heads": sorted({0, *heads}), "ffn": sorted({0, *ffn})}
-    about = {**asdict(conditions), "machine": machine(), "model": _shape_of(model), "sizes": sizes}
+    about = {
+        **asdict(conditions),
+        "machine": machine(),
+        "attention": model.config._attn_implementation,
+        "model": _shape_of(model),
+        "sizes": sizes,
+    }
     path = Path(path)
     if path.suffix != ".json":
         path = path / f"latency-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.json"
@@ -139,7 +145,7 @@ def _read(path: Path, about: Mapping[str, Any], force: bool) -> CostTable:
                 f"{path} was measured {what} ({told}), so its times say nothing here. To resolve, name another file, delete it, "
                 "so that it is measured anew, or use it all the same with `force_table`."
             )
-    for key in ("batch", "length", "threads", "model"):
+    for key in ("batch", "length", "threads", "attention", "model"):
         if found[key] != about[key]:
             raise ValueError(
                 f"{path} was measured for another {key} ({', '.join(_changes(found[key], about[key]))}). To resolve, name another "

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .._sample_losses import kl_probes
 from ..importance import frozen, unit_masks
 from ..surgery import PruningPlan, keep_units, structure_of
+from ..trainer import training_attention
 from .cost_table import CostTable
 from .reconstruct import Reduce, rescale
 from .search import find_sizes, options_of
@@ -58,7 +59,8 @@ def prune_by_fisher(
         ValueError: the budget is below what can be reached.
     """
     widths = structure_of(model).layer_widths
-    blocks = fisher_blocks(model, batches, autocast, reduce)
+    with training_attention(model):
+        blocks = fisher_blocks(model, batches, autocast, reduce)
     keys = [(part, layer) for layer in range(len(widths)) for part in PARTS]
     sublayers = []
     for (part, layer), allowed in zip(keys, [table.heads, table.ffn] * len(widths)):

@@ -30,7 +30,6 @@ from ..retraining_free.obs import prune_by_obs
 from ..retraining_free.stream import Calls, record
 from ..surgery import structure_of
 from ..teacher import dataset_fingerprint, model_fingerprint
-from ..trainer import training_attention
 from .base import Outline, Stage, as_text, batches_of_rank, known_task
 
 logger = logging.getLogger(__name__)
@@ -148,8 +147,7 @@ class RetrainingFreePruning(Stage):
         start = time.perf_counter()
         model = on_device(model)
         rows = self._rows(context)
-        with training_attention(model):
-            pruned, table, limit, info = getattr(self, f"_{self.method}")(model, rows, context)
+        pruned, table, limit, info = getattr(self, f"_{self.method}")(model, rows, context)
         info = {
             "sampled_rows": len(rows),
             "pruning_seconds": round(time.perf_counter() - start, 1),
