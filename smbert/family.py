@@ -19,7 +19,7 @@ from .measure import environment
 from .processes import process_state
 from .recipe import Recipe
 from .report import Report
-from .stages import RetrainingFreePruning, Stage
+from .stages import EmbeddingFactorisation, RetrainingFreePruning, Stage, VocabPruning
 
 # Of the speed-up that was asked for: what a prediction from a table of sub-layers may miss by.
 TOLERANCE = (0.95, 1.1)
@@ -63,7 +63,8 @@ def compress_family(
         The members and their report.
 
     Raises:
-        ValueError, TypeError: as `compress`; speed-ups that are no factors; a recipe that does not prune to a speed-up.
+        ValueError, TypeError: as `compress`; speed-ups that are no factors; a recipe that does not prune to a speed-up, or that
+            changes the vocabulary or its embedding.
     """
     if not speedups or not all(isinstance(s, int | float) and not isinstance(s, bool) and s > 1 for s in speedups):
         raise ValueError(f"`speedups` must be numbers above 1, got {list(speedups)}. To resolve, try [2, 4, 6].")
@@ -75,6 +76,12 @@ def compress_family(
         raise ValueError(
             f"`recipe` must have exactly one retraining_free stage, got {', '.join(s.kind for s in chain.stages)}. "
             "To resolve, use `frontier`, or add one."
+        )
+    if once := [stage.kind for stage in chain.stages if isinstance(stage, VocabPruning | EmbeddingFactorisation)]:
+        # The original reads no other vocabulary than its own, and what is a product already cannot be factorised again.
+        raise ValueError(
+            f"`recipe` must leave the embedding as it is, since all members are taught by the original on the same token ids, got "
+            f"{', '.join(once)}. To resolve, leave it out, and run it on the member that you want with `smbert.compress`."
         )
     out = Path(output_dir)
     report = Report(command=command or "smbert.compress_family(...)", environment=environment())

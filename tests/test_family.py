@@ -12,7 +12,7 @@ import pytest
 from run_helpers import millisecond_per_mac, raw_checkpoint, splits
 
 import smbert
-from smbert import DepthReduction, Distill, Recipe, RetrainingFreePruning
+from smbert import DepthReduction, Distill, EmbeddingFactorisation, Recipe, RetrainingFreePruning, VocabPruning
 from smbert.report import Report
 from smbert.stages import Finetune
 from smbert.surgery import structure_of
@@ -82,6 +82,9 @@ def test_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run(tmp_path, tmp_path / "out", target={"speedup": 2})
     with pytest.raises(ValueError, match="exactly one retraining_free stage, got depth_reduction"):
         run(tmp_path, tmp_path / "out", recipe=[DepthReduction(layers=1)])
+    for stage in (VocabPruning(), EmbeddingFactorisation(rank=4)):
+        with pytest.raises(ValueError, match=rf"`recipe` must leave the embedding .*got {stage.kind}.*To resolve"):
+            run(tmp_path, tmp_path / "out", recipe=[*RECIPE.stages, stage])
     assert not (tmp_path / "out").exists()
 
 

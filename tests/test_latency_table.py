@@ -174,7 +174,6 @@ def test_timed_and_left_with_the_models_own_attention(context, tmp_path, monkeyp
 
     def timed(models, batches, **options):
         seen.extend(one.config._attn_implementation for one in models.values() if hasattr(one, "config"))
-        # Heads and neurons cost alike, so that any budget can be met.
         ms = {"whole": 20.0, "empty": 2.0}
         return {name: {"sizes": {"p50": ms.get(name) or 1 + float(name.split()[1])}} for name in models}
 
