@@ -109,6 +109,17 @@ def test_coefficients_are_measured_and_refined():
     assert found.evaluations == 11  # all, each of eight alone, and two fits
 
 
+def test_a_sublayer_without_which_nothing_is_finite_is_kept_and_the_others_are_ranked():
+    options, table, plain = planted([1.0, 0.01, 4.0, 0.02, 3.0, 0.01, 5.0, 0.02])
+
+    def loss(widths):
+        return float("inf") if widths[0][0] < 2 else plain(widths)
+
+    found = find_sizes(options, table, 18, loss, steps=0)
+    assert found.widths == [(2, 0)] * 4 and found.loss == pytest.approx(0.06)
+    assert found.coefficients[0] == pytest.approx(50) and max(found.coefficients[1:]) == pytest.approx(5)
+
+
 def test_the_search_never_makes_it_worse_and_repeats_itself():
     rng = random.Random(3)
     interactions = {(i, j): rng.uniform(-0.5, 2) for i in range(8) for j in range(i)}

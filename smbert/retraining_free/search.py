@@ -228,6 +228,9 @@ def _sensitivities(options: Sequence[Options], measured: Callable[[Sequence[int]
             continue
         sizes = [*full[:number], option.sizes[half], *full[number + 1 :]]
         factors.append(max(measured(sizes) - base, 0.0) / option.errors[half])
+    # One effect beyond all bounds would make every other count for nothing.
+    most = max((factor for factor in factors if math.isfinite(factor)), default=1.0)
+    factors = [factor if math.isfinite(factor) else 10 * most for factor in factors]
     # Noise can make an effect vanish, yet an error is never for free.
     floor = 0.01 * (sum(factors) / max(1, len(factors))) or 1.0
     return [max(factor, floor) for factor in factors]
