@@ -122,7 +122,7 @@ def stage_of(name: str, speedup: str, args: argparse.Namespace) -> Stage:
         )
     if name in METHODS:
         return RetrainingFreePruning(
-            method=METHODS[name], macs=share, samples=args.samples, calibration=min(256, args.samples),
+            method=METHODS[name], macs=share, samples=args.samples, calibration=min(256, args.samples // 2),
             search_steps=args.search_steps,
         )  # fmt: skip
     raise ValueError(

@@ -17,7 +17,7 @@ from smbert.measure import count_parameters, macs
 from smbert.modeling import FAMILIES
 from smbert.retraining_free.calibration import CalibrationLoss, divergence
 from smbert.retraining_free.database import FILE
-from smbert.stages import Outline
+from smbert.stages import Outline, retraining_free
 from smbert.stages.retraining_free import RetrainingFreePruning
 from smbert.surgery import keep_units, load_model, save_model, structure_of
 
@@ -69,6 +69,26 @@ def test_the_better_of_both_fits_stays(context, tmp_path):
     plain, other = pruned_by(model, context, tmp_path, macs="60%", fit_damping=None)
     same = all(torch.equal(a, b) for a, b in zip(pruned.state_dict().values(), plain.state_dict().values()))
     assert same == (losses["fitted"] > losses["pruned"]) and set(other["calibration_loss"]) == {"pruned"}
+
+
+@pytest.mark.parametrize(("rows", "judged"), [(64, 32), (40, 20)])
+def test_rows_that_judge_are_not_those_that_are_fitted(context, tmp_path, monkeypatch, rows, judged):
+    seen = {}
+
+    def spy(name, original):
+        def spied(model, batches, *args):
+            seen[name] = [tuple(row[row > 0].tolist()) for batch in batches for row in batch["input_ids"]]
+            return original(model, batches, *args)
+
+        return spied
+
+    for name in ("record", "CalibrationLoss"):
+        monkeypatch.setattr(retraining_free, name, spy(name, getattr(retraining_free, name)))
+    data = replace(context.data, train=context.data.train.select(range(rows)))
+    _, info = pruned_by(tiny("bert", layers=2), replace(context, data=data), tmp_path, macs="50%")
+    fitted, judging = seen["record"], seen["CalibrationLoss"]
+    assert len(judging) == judged and len(fitted) + len(judging) == rows == info["sampled_rows"]
+    assert not set(fitted) & set(judging)
 
 
 def test_parameters_and_whole_sublayers(context, tmp_path):
@@ -191,7 +211,8 @@ def test_activations_that_are_not_finite(context, tmp_path):
         ({"latency_ms": 0}, "`latency_ms` must be a number above 0"),
         ({"macs": "50%", "method": "zip"}, "`method` must be one of obs"),
         ({"macs": "50%", "samples": 0}, "`samples`"),
-        ({"macs": "50%", "samples": 10}, "`calibration` must be at most `samples` = 10"),
+        ({"macs": "50%", "samples": 10}, "`calibration` must be below `samples` = 10"),
+        ({"macs": "50%", "samples": 256}, "`calibration` must be below `samples` = 256"),
         ({"macs": "50%", "search_steps": -1}, "`search_steps`"),
         ({"macs": "50%", "shape": "32"}, "`shape`"),
         ({"macs": "50%", "shape": "0x8"}, "`batch`"),

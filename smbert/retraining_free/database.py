@@ -147,7 +147,7 @@ class Database:
         if data is not None and about["data"] != data:
             raise ValueError(
                 f"{folder} is a database of other calibration data. To resolve, name another folder, delete this one, or go back "
-                "to its `samples`, seed and training rows."
+                "to its `samples`, `calibration`, seed and training rows."
             )
         return cls(folder, about, sublayers)
 

@@ -43,7 +43,7 @@ def prune_by_obs(
         database: of `model`.
         table: costs of the database's sizes.
         budget: in the table's unit.
-        loss: the calibration loss, by which the search judges sizes.
+        loss: the calibration loss on other rows, by which the search judges sizes.
         steps: of the search.
         seed: of the search.
         damping: of the last fit from bottom to top; None leaves that out.
@@ -78,7 +78,7 @@ def prune_by_obs(
         fit_to_original(model, fitted, calls, damping, reduce)
         info["calibration_loss"]["fitted"] = after = loss(fitted)
         logger.info("calibration loss %.5f after the fit from bottom to top", after)
-        # On few tokens the fit may learn their noise.
+        # On few tokens the fit may learn their noise, which the rows of `loss` do not share.
         if found.loss is None or after <= found.loss:
             pruned = fitted
     return pruned, info

@@ -57,7 +57,8 @@ class RetrainingFreePruning(Stage):
         shape: batch x tokens at which time is measured.
         samples: training rows that are looked at; their labels are not.
         batch_size: rows of one batch; the result does not depend on it.
-        calibration: so many of these rows judge sizes, by the divergence from the model's own answers (obs, like the next four).
+        calibration: so many of these rows judge sizes and fits, by the divergence from the model's own answers, and are not fitted
+            themselves (obs, like the next four).
         search_steps: sizes that are tried beside those that the measured effect of each sub-layer suggests.
         ffn_levels: FFN sizes are multiples of 1 / ffn_levels of the widest layer.
         damping: added to the diagonal of second moments, as a share of its mean.
@@ -123,9 +124,9 @@ class RetrainingFreePruning(Stage):
             raise ValueError(
                 "`fit_damping` must be a number for kprune, which is its fits, got null. To resolve, try 1.0e-2."
             )
-        if self.calibration > self.samples:
+        if self.calibration >= self.samples:
             raise ValueError(
-                f"`calibration` must be at most `samples` = {self.samples}, got {self.calibration}. To resolve, lower it."
+                f"`calibration` must be below `samples` = {self.samples}, got {self.calibration}. To resolve, lower it."
             )
         if self.fit_damping is not None and not 0 < self.fit_damping < math.inf:
             raise ValueError(f"`fit_damping` must be above 0, got {self.fit_damping!r}. To resolve, try 1.0e-2.")
@@ -160,12 +161,14 @@ class RetrainingFreePruning(Stage):
 
     def _obs(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
         start = time.perf_counter()
-        few = rows.select(range(min(self.calibration, len(rows))))
-        calls = record(model, batches_of_rank(rows, context, self.batch_size))
+        # On the rows that were fitted, a fit that has learned their noise would look best.
+        judged = min(self.calibration, max(1, len(rows) // 2))
+        few, rest = rows.select(range(judged)), rows.select(range(judged, len(rows)))
+        calls = record(model, batches_of_rank(rest, context, self.batch_size))
         loss = CalibrationLoss(
             model, batches_of_rank(few, context, self.batch_size), self._autocast(context), sum_over_ranks
         )
-        database = self._database(model, calls, rows, context)
+        database = self._database(model, calls, rest, context)
         made = time.perf_counter()
         heads, ffn = (
             {size for sublayer in database.sublayers[kind::2] for size in sublayer.sizes} for kind in range(2)
