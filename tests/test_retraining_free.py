@@ -144,6 +144,12 @@ def test_the_database_serves_all_later_targets(context, tmp_path, caplog):
     assert macs(second) < macs(first)
     again, _ = pruned_by(model, replace(context, cache_dir=tmp_path / "anew"), tmp_path, macs="40%")
     assert structure_of(again).layer_widths == structure_of(second).layer_widths
+    for change, told in (
+        ({"multiple_of": 4}, "multiple_of 8 and not 4"),
+        ({"ffn_levels": 2, "damping": 1e-3}, "levels 4 and not 2, damping 0.0001 and not 0.001"),
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \({told}\).*To resolve"):
+            pruned_by(model, context, tmp_path, macs="40%", database=str(folder), **change)
     with pytest.raises(ValueError, match="another checkpoint"):
         pruned_by(tiny("bert", seed=1), context, tmp_path, macs="40%", database=str(folder))
     with pytest.raises(ValueError, match="other calibration data"):

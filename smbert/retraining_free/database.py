@@ -111,16 +111,19 @@ class Database:
     sublayers: tuple[SubLayer, ...]
 
     @classmethod
-    def load(cls, folder: str | Path, model: PreTrainedModel, data: str | None = None) -> Database:
+    def load(
+        cls, folder: str | Path, model: PreTrainedModel, data: str | None = None, settings: Settings | None = None
+    ) -> Database:
         """Opens a database.
 
         Args:
             folder: from `build_database`.
             model: the model that it must be of.
             data: fingerprint of the data that it must be of; None takes any.
+            settings: with which it must have been built; None takes any.
 
         Raises:
-            ValueError: not a database, or one of another checkpoint or other data.
+            ValueError: not a database, or one of another checkpoint, other data or other settings.
         """
         folder = Path(folder)
         try:
@@ -148,6 +151,16 @@ class Database:
             raise ValueError(
                 f"{folder} is a database of other calibration data. To resolve, name another folder, delete this one, or go back "
                 "to its `samples`, `calibration`, seed and training rows."
+            )
+        asked = {} if settings is None else asdict(settings)
+        if changed := [
+            f"{name} {about['settings'].get(name)} and not {value}"
+            for name, value in asked.items()
+            if about["settings"].get(name) != value
+        ]:
+            raise ValueError(
+                f"{folder} is a database of other settings ({', '.join(changed)}). To resolve, name another folder, delete this one, "
+                "or go back to its settings."
             )
         return cls(folder, about, sublayers)
 

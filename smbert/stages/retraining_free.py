@@ -225,7 +225,7 @@ class RetrainingFreePruning(Stage):
         there = (folder / FILE).is_file()
         process_state().wait_for_everyone()  # nobody looks after the main process has begun to build
         if there:
-            return Database.load(folder, model, data)
+            return Database.load(folder, model, data, settings)
         return build_database(model, calls, folder, data, settings, sum_over_ranks)
 
     def _even_table(self, model: PreTrainedModel, context: Context) -> CostTable:
