@@ -83,6 +83,13 @@ def compress_family(
             f"`recipe` must leave the embedding as it is, since all members are taught by the original on the same token ids, got "
             f"{', '.join(once)}. To resolve, leave it out, and run it on the member that you want with `smbert.compress`."
         )
+    if len(set(speedups)) > 1:
+        for name, value in (("database", pruning[0].database), ("latency_table", pruning[0].table_file)):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` must not name what belongs to one model, since each member is pruned from another, got {str(value)!r}. "
+                    "To resolve, leave it out: the run's cache keeps one for each member."
+                )
     out = Path(output_dir)
     report = Report(command=command or "smbert.compress_family(...)", environment=environment())
     members: dict[float, CompressionResult] = {}

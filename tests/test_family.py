@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ def test_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run(tmp_path, tmp_path / "out", target={"speedup": 2})
     with pytest.raises(ValueError, match="exactly one retraining_free stage, got depth_reduction"):
         run(tmp_path, tmp_path / "out", recipe=[DepthReduction(layers=1)])
+    for change in ({"database": "sizes"}, {"latency_table": "table.json"}):
+        stages = (replace(RECIPE.stages[0], **change), *RECIPE.stages[1:])
+        with pytest.raises(ValueError, match=rf"`{next(iter(change))}` must not name what belongs to one.*To resolve"):
+            run(tmp_path, tmp_path / "out", recipe=replace(RECIPE, stages=stages))
     for stage in (VocabPruning(), EmbeddingFactorisation(rank=4)):
         with pytest.raises(ValueError, match=rf"`recipe` must leave the embedding .*got {stage.kind}.*To resolve"):
             run(tmp_path, tmp_path / "out", recipe=[*RECIPE.stages, stage])

@@ -187,6 +187,7 @@ def test_budgets_out_of_reach_say_the_smallest(context, tmp_path):
     electra = tiny("electra")  # its embedding projection stays
     with pytest.raises(ValueError, match=r"`macs` must be at least 65,536.*got 1,000"):
         pruned_by(electra, context, tmp_path, macs=1000)
+    assert not list(Path(context.cache_dir).glob("*"))  # told before the database is built
 
 
 def test_calibration_rows_that_are_too_few(context, tmp_path, caplog):
@@ -239,6 +240,29 @@ def test_outline(context):
     assert after.structure == before.structure and not after.heads_known
     with pytest.raises(ValueError, match="`task`"):
         RetrainingFreePruning(speedup=2, task="unknown").outline(before, context)
+
+
+def test_outline_tells_what_would_fail_after_long_work(context, tmp_path):
+    before, taught = Outline(structure_of(tiny("bert"))), replace(context, teacher=tiny("bert"))
+    with pytest.raises(ValueError, match=r"`shape` must have at most 64 tokens.*got '32x128'.*To resolve"):
+        RetrainingFreePruning(speedup=2).outline(before, taught)
+    RetrainingFreePruning(speedup=2, shape="32x64").outline(before, taught)
+    RetrainingFreePruning(macs="50%").outline(before, taught)  # nothing is timed
+    table = tmp_path / "table.json"
+    RetrainingFreePruning(speedup=2, latency_table=str(table)).outline(before, context)  # to be measured
+    table.write_text("{")
+    with pytest.raises(ValueError, match=r"table.json must be a latency table.*To resolve"):
+        RetrainingFreePruning(speedup=2, latency_table=str(table)).outline(before, context)
+    folder = tmp_path / "letters"
+    stage = RetrainingFreePruning(speedup=2, database=str(folder))
+    stage.outline(before, context)
+    folder.mkdir()
+    stage.outline(before, context)
+    (folder / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match=r"letters must not exist or be empty.*To resolve"):
+        stage.outline(before, context)
+    (folder / FILE).write_text("{}")
+    stage.outline(before, context)  # loading it says what is wrong
 
 
 def test_divergences():

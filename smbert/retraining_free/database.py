@@ -71,6 +71,11 @@ class Settings:
         sizes = {round_up(mark, self.multiple_of) for mark in marks if mark}
         return tuple(sorted({0, width} | {size for size in sizes if size < width}))
 
+    def sizes(self, widths: Widths) -> list[tuple[int, ...]]:
+        """The sizes of attention and feed-forward part of each layer in turn."""
+        widest = max(ffn for _, ffn in widths)
+        return [size for heads, ffn in widths for size in (tuple(range(heads + 1)), self.ffn_sizes(ffn, widest))]
+
 
 @dataclass(frozen=True)
 class SubLayer:
@@ -202,6 +207,14 @@ class Database:
         put(linear, columns, *self.weights(sublayer, size))
 
 
+def check_vacant(folder: Path) -> None:
+    """ValueError where something lies in the place of a database that is still to be built."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} must not exist or be empty, since it is no database of sizes. To resolve, name another folder, or delete it."
+        )
+
+
 def build_database(
     model: PreTrainedModel,
     calls: Calls,
@@ -227,7 +240,7 @@ def build_database(
     """
     settings = settings or Settings()
     structure, stream = structure_of(model), Stream(model, calls)
-    widest = max(ffn for _, ffn in structure.layer_widths)
+    sizes = iter(settings.sizes(structure.layer_widths))
     columns = max(max(heads * structure.head_dim, ffn) for heads, ffn in structure.layer_widths)
     tokens = torch.tensor([float(calls.tokens)], dtype=torch.float64)
     total = int((reduce(tokens) if reduce else tokens)[0])
@@ -237,10 +250,7 @@ def build_database(
             "resolve, raise `samples`, or give more or longer rows."
         )
     main, folder = process_state().is_main_process, Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} must not exist or be empty, since it is no database of sizes. To resolve, name another folder, or delete it."
-        )
+    check_vacant(folder)
     part_folder = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     found: list[SubLayer] = []
     try:
@@ -260,13 +270,9 @@ def build_database(
                 reduced = moments.pop(part).reduced(reduce)
                 if not main:
                     continue
-                dim, sizes = (
-                    (structure.head_dim, tuple(range(heads + 1)))
-                    if part == "attention_output"
-                    else (1, settings.ffn_sizes(ffn, widest))
-                )
+                dim = structure.head_dim if part == "attention_output" else 1
                 own = Projection.of(output_projection(model, part, layer), reduced, settings.damping, dim)
-                found.append(_sizes_of(own, part, layer, sizes, tensors))
+                found.append(_sizes_of(own, part, layer, next(sizes), tensors))
             if main:
                 save_file(tensors, part_folder / f"layer-{layer:02d}.safetensors")
                 logger.info("layer %d of %d is in the database", layer + 1, structure.num_layers)

@@ -124,7 +124,8 @@ def _shape_of(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, about: Mapping[str, Any], force: bool) -> CostTable:
+def read_table(path: Path, keys: Iterable[str] = ()) -> tuple[CostTable, dict[str, Any]]:
+    """The costs in a file, and its entries of these keys; ValueError where it is no latency table."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         costs = values["costs"]
@@ -133,11 +134,15 @@ def _read(path: Path, about: Mapping[str, Any], force: bool) -> CostTable:
             float(costs["fixed"]),
             *({int(size): float(ms) for size, ms in costs[part].items()} for part in ("heads", "ffn")),
         )
-        found = {key: values[key] for key in about}
+        return table, {key: values[key] for key in keys}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} must be a latency table, but reading it gave {error!r}. To resolve, delete it, so that it is measured anew."
         ) from error
+
+
+def _read(path: Path, about: Mapping[str, Any], force: bool) -> CostTable:
+    table, found = read_table(path, about)
     for key, what in (("machine", "on another machine"), ("engine", "with another engine")):
         if found[key] != about[key] and not force:
             told = ", ".join(_changes(found[key], about[key]))

@@ -18,15 +18,16 @@ from transformers import PreTrainedModel
 from .._sizes import Size, parse
 from ..context import Context, on_device
 from ..importance import sum_over_ranks
-from ..measure import latency
+from ..measure import latency, max_positions
 from ..processes import process_state
 from ..retraining_free.calibration import CalibrationLoss
 from ..retraining_free.cost_table import CostTable, counted_costs
-from ..retraining_free.database import FILE, Database, Settings, build_database
+from ..retraining_free.database import FILE, Database, Settings, build_database, check_vacant
 from ..retraining_free.kprune import check_linear, prune_by_knowledge
-from ..retraining_free.latency_table import Conditions, latency_table
+from ..retraining_free.latency_table import Conditions, latency_table, read_table
 from ..retraining_free.masksearch import prune_by_fisher
 from ..retraining_free.obs import prune_by_obs
+from ..retraining_free.search import check_reachable, options_of
 from ..retraining_free.stream import Calls, record
 from ..surgery import structure_of
 from ..teacher import dataset_fingerprint, model_fingerprint
@@ -130,8 +131,11 @@ class RetrainingFreePruning(Stage):
             )
         if self.fit_damping is not None and not 0 < self.fit_damping < math.inf:
             raise ValueError(f"`fit_damping` must be above 0, got {self.fit_damping!r}. To resolve, try 1.0e-2.")
-        Settings(self.ffn_levels, self.multiple_of, self.damping)
+        self._settings()
         self._conditions()
+
+    def _settings(self) -> Settings:
+        return Settings(self.ffn_levels, self.multiple_of, self.damping)
 
     def _conditions(self) -> Conditions:
         batch, _, length = self.shape.partition("x")
@@ -139,10 +143,34 @@ class RetrainingFreePruning(Stage):
             raise ValueError(f'`shape` must look like "32x128", got {self.shape!r}. To resolve, correct it.')
         return Conditions(int(batch), int(length), self.threads)
 
+    @property
+    def timed(self) -> bool:
+        """Whether the budget is one of time."""
+        return self.macs is None and self.params is None
+
+    @property
+    def table_file(self) -> Path | None:
+        """The latency table of a single model that is named; None for the cache and for a folder, which take those of many."""
+        return Path(self.latency_table) if self.latency_table and self.latency_table.endswith(".json") else None
+
     def outline(self, before: Outline, context: Context) -> Outline:
         known_task(self.task, context)
+        if self.timed:
+            self._check_timing(context.teacher)
+        folder = None if self.database is None or self.method != "obs" else Path(self.database)
+        if folder is not None and not (folder / FILE).is_file():
+            check_vacant(folder)
         # The budget decides on sizes that the run alone knows.
         return replace(before, heads_known=False)
+
+    def _check_timing(self, teacher: PreTrainedModel | None) -> None:
+        length = self._conditions().length
+        if teacher is not None and length > (most := max_positions(teacher)):
+            raise ValueError(
+                f"`shape` must have at most {most} tokens, the positions of this model, got {self.shape!r}. To resolve, lower it."
+            )
+        if self.table_file is not None and self.table_file.exists():
+            read_table(self.table_file)
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         start = time.perf_counter()
@@ -160,6 +188,13 @@ class RetrainingFreePruning(Stage):
         return pruned, info
 
     def _obs(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
+        sizes = self._settings().sizes(structure_of(model).layer_widths)
+        table = self._table(
+            model, {n for own in sizes[::2] for n in own}, {n for own in sizes[1::2] for n in own}, context
+        )
+        limit = self._limit(table, model)
+        # The database takes minutes and says nothing about costs.
+        check_reachable(options_of([(own, [0.0] * len(own)) for own in sizes], table), table, limit)
         start = time.perf_counter()
         # On the rows that were fitted, a fit that has learned their noise would look best.
         judged = min(self.calibration, max(1, len(rows) // 2))
@@ -170,11 +205,6 @@ class RetrainingFreePruning(Stage):
         )
         database = self._database(model, calls, rest, context)
         made = time.perf_counter()
-        heads, ffn = (
-            {size for sublayer in database.sublayers[kind::2] for size in sublayer.sizes} for kind in range(2)
-        )
-        table = self._table(model, heads, ffn, context)
-        limit = self._limit(table, model)
         pruned, info = prune_by_obs(
             model, calls, database, table, limit, loss,
             steps=self.search_steps, seed=context.seed, damping=self.fit_damping, reduce=sum_over_ranks,
@@ -218,7 +248,7 @@ class RetrainingFreePruning(Stage):
 
     def _database(self, model: PreTrainedModel, calls: Calls, rows: Dataset, context: Context) -> Database:
         data = dataset_fingerprint(rows)
-        settings = Settings(self.ffn_levels, self.multiple_of, self.damping)
+        settings = self._settings()
         key = json.dumps([model_fingerprint(model), data, asdict(settings)])
         name = f"database-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         folder = context.cache_dir / name if self.database is None else Path(self.database)
@@ -232,16 +262,11 @@ class RetrainingFreePruning(Stage):
         """Costs of all numbers of heads and all allowed numbers of neurons; time is measured for a few of the latter only."""
         widths = structure_of(model).layer_widths
         heads, ffn = ({size for pair in widths for size in (0, pair[kind])} for kind in range(2))
-        timed = self.macs is None and self.params is None
-        steps = (
-            Settings(self.ffn_levels, self.multiple_of).ffn_sizes(max(ffn), max(ffn))
-            if timed
-            else range(0, max(ffn), self.multiple_of)
-        )
+        steps = self._settings().ffn_sizes(max(ffn), max(ffn)) if self.timed else range(0, max(ffn), self.multiple_of)
         return self._table(model, heads | set(range(max(heads))), ffn | set(steps), context)
 
     def _table(self, model: PreTrainedModel, heads: set[int], ffn: set[int], context: Context) -> CostTable:
-        if self.macs is not None or self.params is not None:
+        if not self.timed:
             return counted_costs(model, "params" if self.macs is None else "macs", heads, ffn)
         place = context.cache_dir if self.latency_table is None else Path(self.latency_table)
         return latency_table(model, heads, ffn, self._conditions(), place, force=self.force_table)
