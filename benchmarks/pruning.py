@@ -42,7 +42,7 @@ from smbert.stages import Stage, WidthPruning
 from smbert.stages.retraining_free import RetrainingFreePruning
 from smbert.surgery import structure_of
 from smbert.tasks import load_task
-from smbert.teacher import model_fingerprint
+from smbert.teacher import dataset_fingerprint, model_fingerprint
 
 SCORERS = ("magnitude", "taylor", "taylor_kl", "torch_pruning", "torch_pruning_hessian", "fisher")
 METHODS = {"mask search": "fisher", "k-prune": "kprune", "obs": "obs"}
@@ -89,6 +89,9 @@ def run(args: argparse.Namespace) -> None:
     command = shlex.join(["python", "benchmarks/pruning.py", *sys.argv[1:]])
     identity = {
         "model": model_fingerprint(model),
+        "task": task.name,
+        "max_length": args.max_length,
+        "data": [dataset_fingerprint(rows) for rows in (context.data.train, context.data.validation)],
         "samples": args.samples,
         "seed": args.seed,
         "search_steps": args.search_steps,
@@ -134,7 +137,7 @@ def once(file: Path, identity: Mapping[str, Any], make: Any) -> dict[str, Any]:
     """The content of a cell's file, made only if it is not there.
 
     Raises:
-        ValueError: the file is of another teacher or other settings.
+        ValueError: the file is of another teacher, other data or other settings.
     """
     if not file.is_file():
         value = {"of": identity, **make()}
@@ -143,7 +146,7 @@ def once(file: Path, identity: Mapping[str, Any], make: Any) -> dict[str, Any]:
     found = json.loads(file.read_text(encoding="utf-8"))
     if found.pop("of") != identity:
         raise ValueError(
-            f"{file} was made with another teacher or other settings. To resolve, choose another `--output`."
+            f"{file} was made with another teacher, other data or other settings. To resolve, choose another `--output`."
         )
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -67,8 +68,18 @@ def test_every_method_within_every_budget_and_resumed(pruning, command, tmp_path
     monkeypatch.setattr(pruning, "teacher_cell", None)
     assert pruning.main(command) == 0
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["rows"] == report["rows"]
-    assert pruning.main([*command, "--seed", "1"]) == 2
+    for change in (["--seed", "1"], ["--max-length", "31"]):
+        assert pruning.main([*command, *change]) == 2
+        assert "other settings" in capsys.readouterr().err
+    task, data = pruning.load_task("rte", str(tmp_path / "data"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "load_task", lambda *_: (replace(task, name="another"), data))
+        assert pruning.main(command) == 2
     assert "other settings" in capsys.readouterr().err
+    file = tmp_path / "data" / "rte" / "validation.parquet"
+    Dataset.from_parquet(str(file)).select(range(10)).to_parquet(str(file))
+    assert pruning.main(command) == 2
+    assert "other data or other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
