@@ -233,7 +233,6 @@ def textpruner(bench: Bench, speedup: float) -> Made:
     if family not in TEXTPRUNER_FAMILIES:
         raise Skipped(f"TextPruner knows {', '.join(TEXTPRUNER_FAMILIES)}, and not {family}")
     sizes, folder = bench.sizes("width", speedup), bench.place("textpruner", speedup)
-    assert bench.peer_python is not None  # frontier.py has looked
     record = run_peer(
         "textpruner", bench.peer_python, folder / "pruned",
         "--teacher", bench.folder / "00-teacher", "--heads", sizes.heads, "--ffn", sizes.ffn, "--seed", bench.context.seed,

@@ -37,15 +37,17 @@ def absent(name: str, python: str | None) -> str | None:
     return None if there else f"{name} is not installed. To resolve, {INSTALL[name]}."
 
 
-def run_peer(name: str, python: str, out: Path, *arguments: Any) -> dict[str, Any]:
+def run_peer(name: str, python: str | None, out: Path, *arguments: Any) -> dict[str, Any]:
     """Runs a script of peers/ unless its result is there; returns its peer.json, which it writes last.
 
     Raises:
-        ValueError: it failed; its last words are in the message.
+        ValueError: it failed, and its last words are in the message; or it must run, and no interpreter was named.
     """
     file = out / "peer.json"
-    command = [python, str(PEERS / f"{name}.py"), *map(str, arguments), "--output", str(out)]
     if not file.is_file():
+        if python is None:
+            raise ValueError(absent(name, python))
+        command = [python, str(PEERS / f"{name}.py"), *map(str, arguments), "--output", str(out)]
         environ = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         done = subprocess.run(command, capture_output=True, text=True, env=environ)
         if done.returncode:

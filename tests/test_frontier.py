@@ -292,6 +292,16 @@ def test_a_peer_that_is_not_there_or_fails_is_named(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match=r"textbrewer failed: .*To resolve, run it alone: .*--output"):
         peers.run_peer("textbrewer", sys.executable, tmp_path / "out", "--no-such-flag", 1)
+    with pytest.raises(ValueError, match=r"textpruner is not installed. To resolve, .*--peer-python"):
+        peers.run_peer("textpruner", None, tmp_path / "out")
+    methods, context = module("frontier_methods"), replace(tiny_context(tmp_path), teacher=tiny("bert"))
+    shapes = {"width": {2.0: Sizes(4, 2, 32)}}
+    bench = methods.Bench(tmp_path, tiny("bert"), context, splits(), Recipe(()), Recipe(()), [2.0], shapes)
+    with pytest.raises(ValueError, match="--peer-python"):  # a result that is there no longer
+        methods.textpruner(bench, 2.0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "peer.json").write_text('{"seconds": 1}')
+    assert peers.run_peer("textpruner", None, tmp_path / "out") == {"seconds": 1}
 
 
 def test_textbrewer_teaches_a_student_in_a_process_of_its_own(tmp_path: Path) -> None:
