@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import batch, tiny
 
+import smbert.retraining_free.database as module
 from smbert.modeling import FAMILIES
 from smbert.retraining_free.database import Database, Settings, build_database
 from smbert.retraining_free.stream import PARTS, Stream, record
@@ -184,6 +186,37 @@ def test_too_few_tokens_are_refused_and_nothing_is_left(tmp_path):
     calls = record(model, [batch(model, 3, 10)])
     with pytest.raises(ValueError, match=r"more than 64 tokens.*got \d+.*`samples`"):
         build_database(model, calls, tmp_path / "db", "data", SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("culprit", ["save_file", "_sizes_of", "model_fingerprint"])
+def test_what_fails_on_the_main_process_ends_all_of_them_at_once(tmp_path, monkeypatch, culprit):
+    """Every process takes part in the same sums, the last of which says that it is over."""
+    model = tiny("bert", layers=2)
+    calls = record(model, batches(model))
+
+    def fails(*args):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(module, culprit, fails)
+    sums = {}
+    for main, error in ((True, RuntimeError), (False, OSError)):
+        # Nobody is to wait where others do not come.
+        state = SimpleNamespace(is_main_process=main, wait_for_everyone=None)
+        monkeypatch.setattr(module, "process_state", lambda state=state: state)
+        sums[main] = []
+
+        def reduce(tensor, main=main):
+            flag = tensor.shape == (1,) and tensor.item() in (0, 1)
+            sums[main].append((tuple(tensor.shape), flag))
+            # What the main process says, as the others get it.
+            ended = flag and not main and len(sums[False]) == len(sums[True])
+            return tensor + 1 if ended else tensor
+
+        with pytest.raises(error):
+            build_database(model, calls, tmp_path / "db", "data", SETTINGS, reduce)
+    assert sums[True] == sums[False] and sums[True][-1][1]
+    assert sum(flag for _, flag in sums[True]) == (3 if culprit == "model_fingerprint" else 1)
     assert list(tmp_path.iterdir()) == []
 
 

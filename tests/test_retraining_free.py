@@ -6,9 +6,11 @@ import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from run_helpers import millisecond_per_mac
 from tiny_models import tiny
 
 from smbert.allocate import Budget, plan_for
@@ -288,3 +290,15 @@ def test_regression_and_several_classes(context, tmp_path, labels, tokenizer):
     pruned, info = pruned_by(tiny("bert", num_labels=labels), context, tmp_path, macs="50%")
     assert 0 < info["calibration_loss"]["pruned"] < float("inf")
     assert pruned.config.num_labels == labels
+
+
+def test_only_the_main_process_measures(context, tmp_path, monkeypatch):
+    millisecond_per_mac(monkeypatch)
+    measured, waited = [], []
+    monkeypatch.setattr(RetrainingFreePruning, "_measured", lambda *_: measured.append(1))
+    for main in (True, False):
+        state = SimpleNamespace(is_main_process=main, wait_for_everyone=lambda main=main: waited.append(main))
+        monkeypatch.setattr(retraining_free, "process_state", lambda state=state: state)
+        _, info = pruned_by(tiny("bert", layers=2), context, tmp_path, method="fisher", speedup=2, shape="2x16")
+        assert ("latency_ms" in info) == main
+    assert measured == [1] and waited == [True, False]

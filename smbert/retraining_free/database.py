@@ -237,6 +237,7 @@ def build_database(
     Raises:
         ValueError: fewer tokens than the widest output projection has columns, activations that are not finite, or a folder that
             holds something else.
+        OSError: the folder cannot be written.
     """
     settings = settings or Settings()
     structure, stream = structure_of(model), Stream(model, calls)
@@ -253,9 +254,8 @@ def build_database(
     check_vacant(folder)
     part_folder = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     found: list[SubLayer] = []
+    failure: Exception | None = None
     try:
-        if main:
-            part_folder.mkdir(parents=True)
         for layer, (heads, ffn) in enumerate(structure.layer_widths):
             # Separate tables for both parts, so that no more than one layer's is in memory.
             moments = {
@@ -265,33 +265,50 @@ def build_database(
             for seen in stream.see(*PARTS, advance=True):
                 for part in PARTS:
                     moments[part].add(seen[part].inputs)
-            tensors: dict[str, Tensor] = {}
-            for part in PARTS:
-                reduced = moments.pop(part).reduced(reduce)
-                if not main:
-                    continue
-                dim = structure.head_dim if part == "attention_output" else 1
-                own = Projection.of(output_projection(model, part, layer), reduced, settings.damping, dim)
-                found.append(_sizes_of(own, part, layer, next(sizes), tensors))
+            reduced = {part: moments.pop(part).reduced(reduce) for part in PARTS}
             if main:
-                save_file(tensors, part_folder / f"layer-{layer:02d}.safetensors")
-                logger.info("layer %d of %d is in the database", layer + 1, structure.num_layers)
+                try:
+                    tensors: dict[str, Tensor] = {}
+                    for part in PARTS:
+                        dim = structure.head_dim if part == "attention_output" else 1
+                        linear = output_projection(model, part, layer)
+                        own = Projection.of(linear, reduced.pop(part), settings.damping, dim)
+                        found.append(_sizes_of(own, part, layer, next(sizes), tensors))
+                    part_folder.mkdir(parents=True, exist_ok=True)
+                    save_file(tensors, part_folder / f"layer-{layer:02d}.safetensors")
+                    logger.info("layer %d of %d is in the database", layer + 1, structure.num_layers)
+                except Exception as error:
+                    failure = error
+            _end_together(failure, reduce)
         if main:
-            about = {
-                "schema_version": SCHEMA_VERSION,
-                "model": model_fingerprint(model),
-                "data": data,
-                "settings": asdict(settings),
-                "tokens": total,
-                "sublayers": [asdict(sublayer) for sublayer in found],
-            }
-            (part_folder / FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
-            part_folder.rename(folder)  # in the place of an empty folder, too
+            try:
+                about = {
+                    "schema_version": SCHEMA_VERSION,
+                    "model": model_fingerprint(model),
+                    "data": data,
+                    "settings": asdict(settings),
+                    "tokens": total,
+                    "sublayers": [asdict(sublayer) for sublayer in found],
+                }
+                (part_folder / FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+                part_folder.rename(folder)  # in the place of an empty folder, too
+            except Exception as error:
+                failure = error
+        _end_together(failure, reduce)
     finally:
         if main:
             shutil.rmtree(part_folder, ignore_errors=True)
-        process_state().wait_for_everyone()
     return Database.load(folder, model, data)
+
+
+def _end_together(failure: Exception | None, reduce: Reduce | None) -> None:
+    """Raises the main process's error there and an OSError elsewhere, so that nobody waits for a process that has ended."""
+    flag = torch.tensor([float(failure is not None)], dtype=torch.float64)
+    failed = bool((reduce(flag) if reduce else flag)[0])
+    if failure is not None:
+        raise failure
+    if failed:
+        raise OSError("the main process could not build the database of sizes. To resolve, see what it says.")
 
 
 def _sizes_of(own: Projection, part: str, layer: int, sizes: Sequence[int], tensors: dict[str, Tensor]) -> SubLayer:

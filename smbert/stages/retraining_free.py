@@ -184,7 +184,10 @@ class RetrainingFreePruning(Stage):
             **info,
         }
         if table.name == "latency_ms":
-            info["latency_ms"] = self._measured(model, pruned, table)
+            # Processes that measure at once slow each other down.
+            if process_state().is_main_process:
+                info["latency_ms"] = self._measured(model, pruned, table)
+            process_state().wait_for_everyone()
         return pruned, info
 
     def _obs(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
