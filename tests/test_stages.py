@@ -32,7 +32,7 @@ from smbert.objectives import (
     LogitsObjective,
     RelationObjective,
 )
-from smbert.stages import DepthReduction, Distill, Finetune, Outline, Stage, WidthPruning
+from smbert.stages import DepthReduction, Distill, EmbeddingFactorisation, Finetune, Outline, Stage, WidthPruning
 from smbert.stages.depth import most_important_layers
 from smbert.surgery import keep_layers, save_model, structure_of
 from smbert.teacher import freeze, predict_logits
@@ -760,3 +760,22 @@ def test_scoring_can_use_another_tasks_rows(context: Context, three_way: TaskDat
     assert info["scored_rows"] == 48  # all there are
     assert widths(pruned) == [(3, 48)] * 4
     assert stage.outline(Outline(structure_of(model), task="three"), context).task == "three"
+
+
+def test_a_params_budget_after_a_smaller_embedding_is_left_to_the_run(context: Context, tmp_path: Path) -> None:
+    teacher, small = tiny("bert"), EmbeddingFactorisation(rank=1)
+    taught, before = replace(context, teacher=freeze(copy.deepcopy(teacher))), Outline(structure_of(teacher))
+    smaller, _ = small.run(teacher, context, tmp_path)
+    least, _ = WidthPruning(heads=1, ffn=8, samples=8).run(smaller, context, tmp_path)
+    budget = count_parameters(least).total
+    stage = WidthPruning(params=budget, scope="global", samples=8)
+    with pytest.raises(ValueError, match="`params` must be at least"):
+        stage.outline(before, taught)  # with the whole embedding
+    after = small.outline(before, taught)
+    stage.outline(after, taught)
+    assert count_parameters(stage.run(smaller, context, tmp_path)[0]).total <= budget
+    # Another student brings its own outer parts.
+    save_model(teacher, tmp_path / "student")
+    assert (
+        Distill(student=str(tmp_path / "student"), objectives=(LogitsObjective(),)).outline(after, taught).outer_known
+    )

@@ -39,6 +39,7 @@ class Outline:
     Attributes:
         structure: the sizes; after a pruning to a budget, those that the model had before it.
         heads_known: False after a pruning that decides the number of heads by budget.
+        outer_known: False after a stage that shrinks what lies outside the layers by an amount that only its run knows.
         task: name of the task whose head the model carries, None for the target task.
         done: folder names of the stages so far.
         results: what those stages leave, by folder name, as far as it is known.
@@ -46,6 +47,7 @@ class Outline:
 
     structure: Structure
     heads_known: bool = True
+    outer_known: bool = True
     task: str | None = None
     done: tuple[str, ...] = ()
     results: Mapping[str, Outline] = field(default_factory=dict)

@@ -86,7 +86,7 @@ class Distill(TrainingStage):
         if self.student is not None:
             student = load_model(self.student)
             context.check_fits(student, f"student {self.student}")
-            after = replace(after, structure=structure_of(student), heads_known=True)
+            after = replace(after, structure=structure_of(student), heads_known=True, outer_known=True)
         untaught = context.teacher is None and "teacher_logits" in context.data_for(self.task).train.column_names
         if untaught and (others := [o.name for o in self.objectives if o.kind not in ("logits", "gold")]):
             raise ValueError(

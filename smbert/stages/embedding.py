@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,7 +46,7 @@ class EmbeddingFactorisation(Stage):
 
     def outline(self, before: Outline, context: Context) -> Outline:
         self._rank(before.structure.embedding_size)
-        return before
+        return replace(before, outer_known=False)
 
     def _rank(self, width: int) -> int:
         rank = count_from(self.rank, width, "rank")

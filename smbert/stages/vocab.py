@@ -77,7 +77,7 @@ class VocabPruning(Stage):
             raise ValueError(
                 f'`corpus` must be "rows" or a file, and there is no file {self.corpus!r}. To resolve, check the path.'
             )
-        return before
+        return replace(before, outer_known=False)
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         start = time.perf_counter()

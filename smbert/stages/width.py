@@ -82,7 +82,7 @@ class WidthPruning(Stage):
         known_task(self.task, context)
         budget = Budget(**self._limits())
         widths = budget.widths_within(before.structure.layer_widths)
-        if context.teacher is not None and before.heads_known:
+        if context.teacher is not None and before.heads_known and before.outer_known:
             _check_reachable(budget, before.structure, context.teacher)
         budgeted = self.params is not None or self.macs is not None
         # Known are counts that hold in each layer, and what nothing takes away.
