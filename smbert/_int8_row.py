@@ -66,10 +66,11 @@ def with_int8_teacher(
     """
     try:
         served = Served(_exported(models[TEACHER], tokenizer, folder), models[TEACHER], torch.get_num_threads())
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # onnx, onnxruntime and protobuf have errors of their own, which share no narrower class
+        reason = " ".join(str(error).split()) or type(error).__name__
         logger.warning("no row %r: %s", INT8_TEACHER, reason)
-        return dict(models), [f"The row {INT8_TEACHER!r} is missing: {reason} Then run the same command again."]
+        again = " Then run the same command again." if "pip install" in reason else ""
+        return dict(models), [f"The row {INT8_TEACHER!r} is missing: {reason}{again}"]
     out: dict[str, PreTrainedModel | Served] = {}
     for name, model in models.items():
         out[name] = model

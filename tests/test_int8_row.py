@@ -122,6 +122,7 @@ def test_without_onnxruntime_the_report_says_how_to_get_the_row(
     teacher = tiny("bert", layers=1)
     models, (note,) = with_int8_teacher({"teacher": teacher}, context.tokenizer, tmp_path / "teacher-int8")
     assert list(models) == ["teacher"] and "needs onnxruntime" in note and "pip install smbert[onnx]" in note
+    assert note.endswith(" Then run the same command again.")
     assert "\n" not in note and not (tmp_path / "teacher-int8").exists()
 
 
@@ -135,6 +136,20 @@ def test_what_goes_wrong_costs_the_row_and_not_the_run(
     (tmp_path / "mine/thesis.tex").write_text("x")
     _, (note,) = with_int8_teacher({"teacher": tiny("bert", layers=1)}, context.tokenizer, tmp_path / "mine")
     assert "holds other files" in note and (tmp_path / "mine/thesis.tex").read_text() == "x"
+    assert "same command" not in note
+
+
+def test_an_error_of_onnxruntimes_own_costs_the_row_only(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state").Fail
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise fail("[ONNXRuntimeError] : 1 : FAIL : no such kernel")
+
+    monkeypatch.setattr(exporting, "export", fails)
+    models, (note,) = with_int8_teacher({"teacher": tiny("bert", layers=1)}, context.tokenizer, tmp_path / "int8")
+    assert list(models) == ["teacher"] and note.endswith("FAIL : no such kernel")
 
 
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
