@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .context import on_device
+from .heads import check_labels
 from .measure import supports_bf16
 from .processes import process_state
 from .tasks import Task, tokenize, tokenizer_fingerprint
@@ -126,18 +127,14 @@ def label_pool(
         The counts over all shards, on every process.
 
     Raises:
-        ValueError: a column that is not there, a value that is no text, an empty pool, a folder that holds the shards of
-            another teacher or pool, logits that are not finite.
+        ValueError: a teacher of other labels, or of the same in another order, a column that is not there, a value that is no
+            text, an empty pool, a folder that holds the shards of another teacher or pool, logits that are not finite.
         OSError: the disk is full; the shards that are done stay.
     """
     columns = task.text_columns
     if isinstance(shard_rows, bool) or not isinstance(shard_rows, int) or shard_rows < 1:
         raise ValueError(f"`shard_rows` must be a whole number above 0, got {shard_rows!r}. To resolve, try 20000.")
-    if teacher.config.num_labels != task.num_labels:
-        raise ValueError(
-            f"`teacher` must have the {task.num_labels} labels of task {task.name!r}, got {teacher.config.num_labels}. "
-            "To resolve, give a teacher that was fine-tuned on this task."
-        )
+    check_labels(teacher, task)
     known = texts.column_names
     if known is not None and (missing := [c for c in columns if c not in known]):
         raise ValueError(

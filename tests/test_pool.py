@@ -184,7 +184,11 @@ def test_bad_input(teacher, tokenizer, tiny_task, texts, tmp_path):
     assert "at least one text" in message(texts.select([]))
     assert "shard_rows" in message(shard_rows=0)
     three = replace(tiny_task, label_names=("a", "b", "c"))
-    assert "must have the 3 labels" in message(task=three)
+    assert "trained on 2 labels, the data of" in message(task=three)
+    named = replace(tiny_task, label_names=("dull", "bright"))
+    teacher.config.id2label = {0: "bright", 1: "dull"}
+    assert "in this order: the model has ['bright', 'dull']" in message(task=named)
+    teacher.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
     with torch.no_grad():
         teacher.classifier.weight.fill_(float("nan"))
     assert "must be finite" in message()
