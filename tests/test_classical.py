@@ -138,6 +138,14 @@ def test_the_temperature_that_was_planted_is_found() -> None:
     assert fit_temperature(values, np.eye(3)[gold]) == pytest.approx(2.5, rel=0.05)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.8])
+def test_four_right_answers_are_no_certainty(share: float) -> None:
+    gold = np.eye(2)[[0, 1, 0, 1]]
+    targets = share * gold + (1 - share) * gold[:, ::-1]
+    temperature = fit_temperature(2 * gold - 1, targets)
+    assert softmax([1 / temperature, -1 / temperature])[0] == pytest.approx((4 * share + 0.5) / 5, abs=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------------------------- students
 
 
@@ -169,6 +177,19 @@ def test_a_static_student_learns_from_the_teachers_table(tokenizer: Any) -> None
     empty, telling = student.predict_proba(["", "w5 w6 w7"])  # no tokens: the head's bias alone
     bias = student.model.head.bias.detach().numpy()
     assert np.allclose(empty, softmax(bias / student.temperature), atol=1e-6) and telling[0] > empty[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_few_labels_do_not_spoil_a_static_student(seed: int, tokenizer: Any) -> None:
+    test, found = make_texts(200, seed=3), []
+    for few in (make_texts(16, 1), None):
+        student = quick(
+            "static_embedding", tiny("bert"), few, taught(300, 2, labels=False),
+            task=TASK, tokenizer=tokenizer, learning_rate=0.005, epochs=6, seed=seed,
+        )  # fmt: skip
+        found.append(accuracy(student, test))
+        assert np.median(student.predict_proba(list(test["text"])).max(axis=1)) < 0.99
+    assert found[0] > found[1] - 0.05
 
 
 def test_the_teacher_is_asked_for_what_rows_do_not_carry(tokenizer: Any, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@
 
 The teacher's soft labels are learned exactly where scikit-learn allows it: rows are stacked once per class with the
 probability as their weight (Naive Bayes, logistic regression, trees); the SVM becomes a regression on clipped logits.
-Parameters are chosen, and probabilities calibrated, on labelled rows that the student in question has not seen.
+Parameters are chosen, and probabilities calibrated, on labelled rows that the student in question has not seen; a static
+student that has fewer than 200 of them holds back rows of the pool too.
 """
 
 from __future__ import annotations

@@ -233,6 +233,9 @@ def fit_temperature(values: np.ndarray, targets: np.ndarray) -> float:
         values: (rows, classes) scores of rows that the student was not trained on.
         targets: (rows, classes) probabilities, one-hot for gold labels.
     """
+    # Nobody is infinitely sure from n rows, though the likelihood of n right answers says so (the smoothing of Platt, 1999).
+    rows, classes = targets.shape
+    targets = (rows * targets + 1 / classes) / (rows + 1)
 
     def loss(log_temperature: float) -> float:
         return float(-(targets * log_softmax(values / np.exp(log_temperature), axis=1)).sum(axis=1).mean())

@@ -23,7 +23,7 @@ from .rows import Taught
 from .students import Student
 
 KIND, WEIGHTS = "static_embedding", "model.safetensors"
-_BATCH, _MOST_HELD_BACK = 64, 2_000
+_BATCH, _FEWEST_HELD_BACK, _MOST_HELD_BACK = 64, 20, 2_000
 
 Tokens = tuple[Tensor, Tensor]  # ids (tokens,) of all texts one after the other, lengths (texts,)
 
@@ -119,7 +119,7 @@ class StaticTraining:
     """How a static student is trained.
 
     Attributes:
-        epochs: most passes over the rows; the best one, by log loss on labelled rows held back, is kept.
+        epochs: most passes over the rows; the best one, by log loss on rows held back, is kept.
         learning_rate: of Adam.
         seed: of the order of rows, the rows held back and the head.
     """
@@ -184,9 +184,10 @@ def fit_static(
 
 
 def _hold_back(taught: Taught, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers to train on and, of the labelled rows (of all, where none is labelled), a tenth to judge by."""
+    """Row numbers to train on and a tenth to judge by: of the labelled rows, or of all where that would be too few."""
     candidates = np.flatnonzero(taught.gold >= 0)
-    candidates = candidates if len(candidates) else np.arange(len(taught.gold))
+    # The temperature explains away a handful of rows in any epoch, so that they could not tell a good one.
+    candidates = candidates if len(candidates) >= 10 * _FEWEST_HELD_BACK else np.arange(len(taught.gold))
     number = min(max(len(candidates) // 10, 1), _MOST_HELD_BACK)
     held = np.random.default_rng(seed).permutation(candidates)[:number]
     return np.setdiff1d(np.arange(len(taught.gold)), held), held
