@@ -30,6 +30,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ._model_card import write_whole
 from .context import on_device
 from .heads import check_labels
 from .measure import supports_bf16
@@ -40,6 +41,8 @@ from .teacher import DistillCollator, freeze, model_fingerprint, predict_logits
 logger = logging.getLogger(__name__)
 FOOTER = b"smbert"
 LOGITS = "teacher_logits"
+# Says how many shards there are: the shards by themselves cannot say that none is missing at the end.
+FINISHED = "pool.json"
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def label_pool(
 
     Raises:
         ValueError: a teacher of other labels, or of the same in another order, a column that is not there, a value that is no
-            text, an empty pool, a folder that holds the shards of another teacher or pool, logits that are not finite.
+            text, an empty pool, a folder that holds the shards of another teacher or pool, logits that are not finite, a shard
+            that another process failed to make.
         OSError: the disk is full; the shards that are done stay.
     """
     columns = task.text_columns
@@ -154,46 +158,54 @@ def label_pool(
     }
     state = process_state()
     folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        (folder / FINISHED).unlink(missing_ok=True)
     # A copy, because a teacher is frozen and moved to the device of the run.
     model = on_device(freeze(copy.deepcopy(teacher)))
+    wanted: list[dict[str, Any]] = []
     try:
         for index, shard in enumerate(_shards(texts, columns, shard_rows, disable_tqdm or not state.is_main_process)):
+            wanted.append(about := {**settings, "shard": index, "source": _digest(shard, columns)})
             if index % state.num_processes == state.process_index:
-                about = {**settings, "shard": index, "source": _digest(shard, columns)}
-                file = folder / f"shard-{index:06d}.parquet"
+                file = _shard_file(folder, index)
                 if not _is_done(file, about):
                     _label(model, tokenizer, task, shard, excluded, file, about, batch_size)
     finally:
         state.wait_for_everyone()
-    report = _summed(_footers(folder))
-    if report.rows == 0:
-        raise ValueError("the pool must hold at least one text, got none. To resolve, check where it is read from.")
-    return report
+    # On every process, so that all of them stop where one has failed.
+    footers = _complete(folder, wanted)
+    try:
+        if state.is_main_process:
+            write_whole(folder / FINISHED, json.dumps({"shards": len(footers)}).encode())
+    finally:
+        state.wait_for_everyone()
+    return _summed(footers)
 
 
 def read_pool(folder: str | Path) -> LabelledPool:
     """A pool that `label_pool` has finished.
 
     Raises:
-        ValueError: there is none, a shard is missing or damaged, or shards of several runs lie together; the message names the file.
+        ValueError: there is none, it is not finished, a shard is damaged, or shards of several runs lie together; the message
+            names the file.
     """
     folder = Path(folder)
     footers = _footers(folder)
     if not footers:
         raise ValueError(f"{folder} holds no labelled pool. To resolve, run label_pool first.")
-    first = footers[0]
-    for number, about in enumerate(footers):
-        file = folder / f"shard-{about['shard']:06d}.parquet"
-        if about["shard"] != number:
-            raise ValueError(
-                f"{folder} lacks shard {number}. To resolve, run label_pool again: it makes what is missing and nothing else."
-            )
+    first, found = footers[0], [about["shard"] for about in footers]
+    if found != list(range(_shards_of(folder))):
+        raise ValueError(
+            f"{folder} is not finished. To resolve, run label_pool again: it makes what is missing and nothing else."
+        )
+    for about in footers:
+        file = _shard_file(folder, about["shard"])
         if _settings(about) != _settings(first):
             raise ValueError(f"{file} is of another run than shard 0. To resolve, label the pool in an empty folder.")
         with _damage_named(file):
             for _ in pq.ParquetFile(file, page_checksum_verification=True).iter_batches():
                 pass
-    files = [str(folder / f"shard-{about['shard']:06d}.parquet") for about in footers if about["counts"]["labelled"]]
+    files = [str(_shard_file(folder, about["shard"])) for about in footers if about["counts"]["labelled"]]
     if not files:
         raise ValueError(
             f"no text of {folder} was kept: {_summed(footers)}. To resolve, give a pool that has other texts."
@@ -302,6 +314,41 @@ def _is_done(file: Path, about: Mapping[str, Any]) -> bool:
             "what it was made with."
         )
     return True
+
+
+def _complete(folder: Path, wanted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The footers of a folder that holds the wanted shards and no others.
+
+    Raises:
+        ValueError: one is missing, of another run, or too many.
+    """
+    done = [about["shard"] for about in wanted if _is_done(_shard_file(folder, about["shard"]), about)]
+    if len(done) < len(wanted):
+        raise ValueError(
+            f"{folder} holds the shards {done}, must hold 0 to {len(wanted) - 1}: another process has failed. "
+            "To resolve, see its message, then run the same command again."
+        )
+    footers = _footers(folder)
+    if len(footers) > len(wanted):
+        raise ValueError(
+            f"{folder} holds the shards {[about['shard'] for about in footers]}, must hold {done}: the others are of a longer pool. "
+            "To resolve, delete them, or label the pool in an empty folder."
+        )
+    if not footers:
+        raise ValueError("the pool must hold at least one text, got none. To resolve, check where it is read from.")
+    return footers
+
+
+def _shard_file(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:06d}.parquet"
+
+
+def _shards_of(folder: Path) -> int:
+    """How many shards the pool has; 0 where `label_pool` has not come to its end."""
+    try:
+        return int(json.loads((folder / FINISHED).read_text(encoding="utf-8"))["shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _footers(folder: Path) -> list[dict[str, Any]]:

@@ -110,29 +110,76 @@ def test_a_run_that_dies_leaves_whole_shards(teacher, tokenizer, tiny_task, text
     with pytest.raises(KeyboardInterrupt):
         label(teacher, tokenizer, tiny_task, texts, tmp_path / "killed")
     assert [p.name for p in (tmp_path / "killed").iterdir()] == ["shard-000000.parquet"]
+    with pytest.raises(ValueError, match=r"killed is not finished.*To resolve, run label_pool again"):
+        read_pool(tmp_path / "killed")
     monkeypatch.undo()
     label(teacher, tokenizer, tiny_task, texts, tmp_path / "killed")
+    assert len(read_pool(tmp_path / "killed").rows) == 50
     label(teacher, tokenizer, tiny_task, texts, tmp_path / "whole")
     for file in (tmp_path / "whole").glob("*.parquet"):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
 
 
+def of_two(monkeypatch: pytest.MonkeyPatch, rank: list[int], other_process: Any) -> None:
+    """Two processes in one, of which the first waits for what `other_process` does."""
+    work = iter([other_process])
+
+    def wait() -> None:
+        if rank == [0]:
+            next(work, lambda: None)()
+
+    monkeypatch.setattr(
+        pool_module,
+        "process_state",
+        lambda: SimpleNamespace(
+            num_processes=2, process_index=rank[0], is_main_process=rank == [0], wait_for_everyone=wait
+        ),
+    )
+
+
 def test_two_processes_label_disjoint_shards(teacher, tokenizer, tiny_task, texts, tmp_path, monkeypatch):
     label(teacher, tokenizer, tiny_task, texts, tmp_path / "alone")
     made: dict[int, list[str]] = {0: [], 1: []}
-    original = pool_module._label
-    for rank in (0, 1):
-        state = SimpleNamespace(
-            num_processes=2, process_index=rank, is_main_process=rank == 0, wait_for_everyone=lambda: None
-        )
-        monkeypatch.setattr(pool_module, "process_state", lambda state=state: state)
-        monkeypatch.setattr(
-            pool_module, "_label", lambda *args, rank=rank: (made[rank].append(args[5].name), original(*args))
-        )
-        report = label(teacher, tokenizer, tiny_task, texts, tmp_path / "both")
+    rank, original = [0], pool_module._label
+    monkeypatch.setattr(pool_module, "_label", lambda *args: (made[rank[0]].append(args[5].name), original(*args)))
+
+    def other_process() -> None:
+        rank[0] = 1
+        reports.append(label(teacher, tokenizer, tiny_task, texts, tmp_path / "both"))
+        rank[0] = 0
+
+    reports: list[PoolReport] = []
+    of_two(monkeypatch, rank, other_process)
+    reports.append(label(teacher, tokenizer, tiny_task, texts, tmp_path / "both"))
     assert made == {0: ["shard-000000.parquet", "shard-000002.parquet"], 1: ["shard-000001.parquet"]}
-    assert report.labelled == 50
+    assert reports[0] == reports[1] == PoolReport(rows=50, labelled=50, shards=3)
     assert read_pool(tmp_path / "both").rows.to_list() == read_pool(tmp_path / "alone").rows.to_list()
+
+
+def test_the_failure_of_another_process_is_seen(teacher, tokenizer, tiny_task, texts, tmp_path, monkeypatch):
+    of_two(monkeypatch, [0], lambda: None)
+    with pytest.raises(ValueError, match=r"holds the shards \[0, 2\], must hold 0 to 2: another process .*To resolve"):
+        label(teacher, tokenizer, tiny_task, texts, tmp_path)
+    with pytest.raises(ValueError, match="not finished"):
+        read_pool(tmp_path)
+    # It refused a shard of an earlier pool and left it there.
+    stale = Dataset.from_dict({"text": [*texts["text"][:20], "w1", *texts["text"][21:]]})
+    monkeypatch.undo()
+    label(teacher, tokenizer, tiny_task, stale, tmp_path / "stale")
+    of_two(monkeypatch, [0], lambda: None)
+    with pytest.raises(ValueError, match=r"shard-000001\.parquet was made with another source"):
+        label(teacher, tokenizer, tiny_task, texts, tmp_path / "stale")
+
+
+def test_shards_of_an_earlier_longer_pool_are_not_used(teacher, tokenizer, tiny_task, texts, tmp_path):
+    label(teacher, tokenizer, tiny_task, texts, tmp_path)
+    with pytest.raises(ValueError, match=r"holds the shards \[0, 1, 2\], must hold \[0, 1\]: .*To resolve, delete"):
+        label(teacher, tokenizer, tiny_task, texts.select(range(40)), tmp_path)
+    with pytest.raises(ValueError, match="not finished"):
+        read_pool(tmp_path)
+    (tmp_path / "shard-000002.parquet").unlink()
+    assert label(teacher, tokenizer, tiny_task, texts.select(range(40)), tmp_path).labelled == 40
+    assert len(read_pool(tmp_path).rows) == 40
 
 
 def test_a_damaged_shard_is_named_and_made_again(teacher, tokenizer, tiny_task, texts, tmp_path):
@@ -168,7 +215,7 @@ def test_shards_of_another_teacher_or_pool_are_refused(teacher, tokenizer, tiny_
             label(given.pop("teacher"), tokenizer, tiny_task, given.pop("texts"), tmp_path, **given)
     label(teacher, tokenizer, tiny_task, texts.select(range(20)), tmp_path / "parts")
     (tmp_path / "parts" / "shard-000001.parquet").write_bytes((tmp_path / "shard-000002.parquet").read_bytes())
-    with pytest.raises(ValueError, match="lacks shard 1"):
+    with pytest.raises(ValueError, match="is not finished"):
         read_pool(tmp_path / "parts")
 
 
