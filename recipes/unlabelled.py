@@ -25,11 +25,12 @@ from typing import Any
 # The folder of this script also holds a smbert.py, which must not hide the package.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-from datasets import Dataset, concatenate_datasets, load_dataset  # noqa: E402
+from datasets import Dataset, concatenate_datasets  # noqa: E402
 from transformers import AutoTokenizer, set_seed  # noqa: E402
 
 from smbert._int8_row import with_int8_teacher  # noqa: E402
 from smbert._report_tables import INT8_TEACHER  # noqa: E402
+from smbert._rows import check_texts, read_files, require_columns  # noqa: E402
 from smbert.checkpoints import load_model  # noqa: E402
 from smbert.cli import guarded  # noqa: E402
 from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of  # noqa: E402
@@ -96,9 +97,14 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.validation_samples is not None and args.validation_samples < len(validation):
         validation = validation.shuffle(seed=0).select(range(args.validation_samples))
+    pool = read_files(args.pool) if args.pool else None
+    if pool is not None:
+        require_columns(pool, task.text_columns, "--pool")
+        for column in task.text_columns:
+            check_texts(list(pool[column]), column, "--pool")
     report = Report(command="python recipes/unlabelled.py " + " ".join(sys.argv[1:]), environment=environment())
     for seed in [int(s) for s in args.seeds.split(",")]:
-        for row in one_seed(args, seed, task, train, validation, report):
+        for row in one_seed(args, seed, task, train, validation, pool, report):
             report.add(row)
         if process_state().is_main_process:
             report.write(args.output)
@@ -107,17 +113,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def one_seed(
-    args: argparse.Namespace, seed: int, task: Task, train: Dataset, validation: Dataset, report: Report
+    args: argparse.Namespace,
+    seed: int,
+    task: Task,
+    train: Dataset,
+    validation: Dataset,
+    pool: Dataset | None,
+    report: Report,
 ) -> list[Row]:
     """Teacher, taught student and the two controls, on labels that the seed draws."""
     out = Path(args.output) / f"seed-{seed}"
     drawn = train.shuffle(seed=seed)
     labelled = drawn.select(range(args.labels))
     text = [*task.text_columns]
-    rest = load_rows(args.pool) if args.pool else drawn.select(range(args.labels, len(drawn)))
+    rest = pool if pool is not None else drawn.select(range(args.labels, len(drawn)))
     if args.pool_samples is not None and args.pool_samples < len(rest):
         rest = rest.select(range(args.pool_samples))
-    pool = concatenate_datasets([labelled.select_columns(text), rest.select_columns(text)])
+    texts = concatenate_datasets([labelled.select_columns(text), rest.select_columns(text)])
 
     contexts = {}
     for name, checkpoint in ((TEACHER, args.teacher), (STUDENT, args.student)):
@@ -141,7 +153,7 @@ def one_seed(
 
     teacher, student = contexts[TEACHER], contexts[STUDENT]
     counts = label_pool(
-        models[TEACHER], teacher.tokenizer, task, pool, out / "pool",
+        models[TEACHER], teacher.tokenizer, task, texts, out / "pool",
         exclude=validation, max_length=args.max_length, disable_tqdm=args.disable_tqdm,
     )  # fmt: skip
     report.notes.append(
@@ -171,16 +183,6 @@ def one_seed(
         timed, notes = with_int8_teacher(models, teacher.tokenizer, out / "teacher-int8")
         report.notes += [note for note in notes if note not in report.notes]
     return rows_of(timed, student, seconds, splits, contexts={TEACHER: teacher, INT8_TEACHER: teacher})
-
-
-def load_rows(files: Sequence[str]) -> Dataset:
-    """All rows of csv, json or parquet files."""
-    suffix = Path(files[0]).suffix.lstrip(".").replace("jsonl", "json")
-    if suffix not in ("csv", "json", "parquet") or any(not Path(f).is_file() for f in files):
-        raise ValueError(
-            f"--pool must name csv, json or parquet files that are there, got {', '.join(files)}. To resolve, correct it."
-        )
-    return load_dataset(suffix, data_files=list(files), split="train")
 
 
 if __name__ == "__main__":

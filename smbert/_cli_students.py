@@ -168,7 +168,7 @@ def _features(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
 
 
 def _pool(args: argparse.Namespace) -> Dataset | IterableDataset | None:
-    from ._rows import BUILDERS, read_files
+    from ._rows import BUILDERS, read_files, reading_options
 
     if args.unlabelled_file is None:
         if args.stream:
@@ -181,4 +181,5 @@ def _pool(args: argparse.Namespace) -> Dataset | IterableDataset | None:
         raise ValueError(
             f"`--unlabelled-file` must be a file of {', '.join(BUILDERS)}, got {path}. To resolve, correct the name."
         )
-    return load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split="train", streaming=True)  # type: ignore[return-value]
+    builder, options = BUILDERS[path.suffix.lower()], reading_options(path)
+    return load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)  # type: ignore[return-value]

@@ -108,14 +108,7 @@ def read_files(files: Sequence[str | Path]) -> Dataset:
         if path.stat().st_size == 0:
             raise ValueError(f"data file {str(path)!r} is empty. To resolve, provide rows.")
     builder = BUILDERS[paths[0].suffix.lower()]
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        options = {
-            "features": Features({name: Value("string") for name in _csv_header(paths[0])}),
-            "keep_default_na": False,
-            "na_filter": False,
-            "encoding": "utf-8-sig",
-        }
+    options = reading_options(paths[0])
     try:
         return cast(Dataset, load_dataset(builder, data_files=[str(p) for p in paths], split="train", **options))
     except Exception as error:  # builders raise their own, pandas', pyarrow's and csv's errors
@@ -127,6 +120,22 @@ def read_files(files: Sequence[str | Path]) -> Dataset:
         raise ValueError(
             f"could not read {names} as {builder}: {reason}. To resolve, check that it is whole and well formed."
         ) from error
+
+
+def reading_options(path: Path) -> dict[str, Any]:
+    """What `load_dataset` must be told so that it reads a file as `read_files` does.
+
+    Raises:
+        ValueError: the first line of a csv does not name every column once, or is not UTF-8.
+    """
+    if BUILDERS[path.suffix.lower()] != "csv":
+        return {}
+    return {
+        "features": Features({name: Value("string") for name in _csv_header(path)}),
+        "keep_default_na": False,
+        "na_filter": False,
+        "encoding": "utf-8-sig",
+    }
 
 
 def _csv_header(path: Path) -> list[str]:

@@ -197,3 +197,25 @@ def test_few_labels_and_much_unlabelled_text(
     capsys.readouterr()
     assert recipe.main([*argv, "--labels", "30"]) == 2
     assert "half of the 41 labelled rows" in capsys.readouterr().err
+
+
+def test_a_pool_in_files_is_read_as_the_rows_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts(12).to_csv(tmp_path / "rows.csv", index=False)
+    recipe, found = script("unlabelled"), []
+    monkeypatch.setattr(recipe, "one_seed", lambda *given: found.append(given[5]["text"][:]) or [])
+    monkeypatch.setattr(recipe.Report, "markdown", lambda self: "")
+    monkeypatch.setattr(recipe.Report, "write", lambda self, folder: None)
+    argv = [
+        "--teacher", "t", "--student", "s", "--train-file", str(tmp_path / "rows.csv"), "--validation-file",
+        str(tmp_path / "rows.csv"), "--text-columns", "text", "--label-column", "label", "--labels", "4", "--output", "out",
+    ]  # fmt: skip
+    (tmp_path / "pool.csv").write_text("text\nnull\nNA\n007\n", encoding="utf-8")
+    assert recipe.main([*argv, "--pool", str(tmp_path / "pool.csv")]) == 0
+    assert found == [["null", "NA", "007"]]
+    for content, message in (('{"text": "a"}\n{"text": null}\n', "None in row 1"), ('{"title": "a"}\n', "'text'")):
+        (tmp_path / "pool.jsonl").write_text(content, encoding="utf-8")
+        capsys.readouterr()
+        assert recipe.main([*argv, "--pool", str(tmp_path / "pool.jsonl")]) == 2
+        assert message in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from run_helpers import checkpoint, splits, texts
 from tiny_models import tiny
 
-from smbert._cli_students import add_parsers
+from smbert._cli_students import _pool, add_parsers
 from smbert.classical import load_student
 from smbert.cli import guarded
 from smbert.report import Report
@@ -71,6 +71,13 @@ def test_a_teacher_and_a_pool(place: Path, tmp_path: Path, stream: bool, capsys:
     student = load_student(tmp_path / "s")
     assert student.training["pool"] == 40 and student.training.get("streamed", False) is stream
     assert list((tmp_path / "s-cache").glob("*.npy"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_looks_like_no_text_in_a_csv_is_one(tmp_path: Path, stream: bool) -> None:
+    (tmp_path / "pool.csv").write_text("text\nnull\nNA\n007\n", encoding="utf-8")
+    pool = _pool(argparse.Namespace(unlabelled_file=str(tmp_path / "pool.csv"), stream=stream))
+    assert pool is not None and [row["text"] for row in pool] == ["null", "NA", "007"]
 
 
 def test_explanations_side_by_side(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
