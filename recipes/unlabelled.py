@@ -175,14 +175,17 @@ def one_seed(
     twice = tokenize(drawn.select(range(2 * args.labels)), task, student.tokenizer, args.max_length)
     doubled = replace(student, data=TaskData(task, twice, student.data.validation))
     train_one(DOUBLED, control, args.student, doubled, "03-twice_the_labels")
-    if not process_state().is_main_process:  # latency is measured while nothing else runs
-        return []
     splits = {"train": labelled, "validation": validation}
     timed = models
-    if not args.no_int8_teacher:
-        timed, notes = with_int8_teacher(models, teacher.tokenizer, out / "teacher-int8")
-        report.notes += [note for note in notes if note not in report.notes]
-    return rows_of(timed, student, seconds, splits, contexts={TEACHER: teacher, INT8_TEACHER: teacher})
+    try:
+        if not process_state().is_main_process:
+            return []
+        if not args.no_int8_teacher:
+            timed, notes = with_int8_teacher(models, teacher.tokenizer, out / "teacher-int8")
+            report.notes += [note for note in notes if note not in report.notes]
+        return rows_of(timed, student, seconds, splits, contexts={TEACHER: teacher, INT8_TEACHER: teacher})
+    finally:  # the next seed would run beside the timing; and a failure must not leave the others waiting
+        process_state().wait_for_everyone()
 
 
 if __name__ == "__main__":

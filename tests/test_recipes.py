@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from datasets import concatenate_datasets
@@ -170,7 +170,13 @@ def test_few_labels_and_much_unlabelled_text(
         "--control-epochs", "1", "--disable-tqdm", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
     recipe = script("unlabelled")
+    events: list[str] = []
+    rows_of = recipe.rows_of
+    waiting = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: events.append("wait"))
+    monkeypatch.setattr(recipe, "process_state", lambda: waiting)
+    monkeypatch.setattr(recipe, "rows_of", lambda *a, **k: (events.append("time"), rows_of(*a, **k))[1])
     assert recipe.main(argv) == 0
+    assert events == ["time", "wait"] * 2  # the other processes stand still while the main one times
     report = Report.read(tmp_path / "out")
     int8 = [INT8_TEACHER] if find_spec("onnx") and find_spec("onnxruntime") else []
     names = [
@@ -194,6 +200,11 @@ def test_few_labels_and_much_unlabelled_text(
     assert [r.metrics for r in Report.read(tmp_path / "out").rows] == [r.metrics for r in report.rows]
     assert recipe.main([*argv, "--no-int8-teacher"]) == 0
     assert INT8_TEACHER not in {row.name for row in Report.read(tmp_path / "out").rows}
+    events.clear()
+    monkeypatch.setattr(recipe, "rows_of", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recipe.main(argv)
+    assert events == ["wait"]
     capsys.readouterr()
     assert recipe.main([*argv, "--labels", "30"]) == 2
     assert "half of the 41 labelled rows" in capsys.readouterr().err
