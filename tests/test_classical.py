@@ -440,6 +440,20 @@ def test_a_stream_is_never_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sizes) <= 32 and sum(sizes) == 300  # every row once: the held-back ones at the end
 
 
+def test_the_teacher_is_asked_once_for_each_chunk_of_a_stream(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(model: Any, rows: Dataset, *rest: Any, **options: Any) -> np.ndarray:
+        asked.append(len(rows))
+        return predict_logits(model, rows, *rest, **options)
+
+    for module in ("smbert.classical.rows", "smbert.teacher"):
+        monkeypatch.setattr(f"{module}.predict_logits", counted)
+    pool = stream(make_texts(100, 2, labels=False))
+    quick("logistic_regression", tiny("bert"), pool=pool, task=TASK, tokenizer=tokenizer, chunk_rows=40, epochs=3)
+    assert asked == [40, 40, 20]
+
+
 def test_a_stream_without_labels_and_a_stream_for_a_tree(caplog: pytest.LogCaptureFixture) -> None:
     student = quick("logistic_regression", pool=stream(taught(200, 2, labels=False)), teacher=None, task=TASK)
     assert accuracy(student, make_texts(100, 3)) > 0.8 and "not calibrated" in caplog.text

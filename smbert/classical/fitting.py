@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from sklearn.model_selection import ParameterGrid, StratifiedKFold
 from sklearn.naive_bayes import ComplementNB, MultinomialNB
 from sklearn.pipeline import Pipeline
 
+from ..processes import process_state
 from .features import TextFeatures, unknown_texts, vectorizer
 from .kinds import Kind, fit, fit_chunk, fit_temperature, new_stream, scores
 from .rows import Taught, TeacherSource, pool_rows
@@ -210,12 +213,17 @@ def fit_stream(
     epochs = 1 if isinstance(estimator, MultinomialNB | ComplementNB) else settings.epochs
     train, held = (None, None) if labelled is None else _held_back(labelled, settings.seed)
     counts: dict[str, int] = {}
-    for _ in range(epochs):
-        counts = {"pool": 0, "pool_also_held_out": 0, "pool_also_labelled": 0}
-        for rows in chain(
-            _slices(train, settings.chunk_rows), _taught_chunks(pool, source, left_out, settings, counts)
-        ):
-            fit_chunk(estimator, transformer.transform(rows.texts), rows.targets, settings.logit_clip)
+    with ExitStack() as stack:
+        # Each epoch would ask the teacher anew. Several processes share a cache, and this folder is of one.
+        alone = process_state().num_processes == 1
+        if source.cache_dir is None and source.model is not None and epochs > 1 and alone:
+            source = replace(source, cache_dir=stack.enter_context(TemporaryDirectory()))
+        for _ in range(epochs):
+            counts = {"pool": 0, "pool_also_held_out": 0, "pool_also_labelled": 0}
+            for rows in chain(
+                _slices(train, settings.chunk_rows), _taught_chunks(pool, source, left_out, settings, counts)
+            ):
+                fit_chunk(estimator, transformer.transform(rows.texts), rows.targets, settings.logit_clip)
     if labelled is None and counts["pool"] == 0:
         raise ValueError("the pool has no rows that may be learned from. To resolve, pass other texts.")
     temperature, accuracy = 1.0, None
