@@ -533,6 +533,18 @@ def test_a_pool_that_overlaps_the_test_set(caplog: pytest.LogCaptureFixture) -> 
         quick("multinomial_nb", train=few, held_out=Dataset.from_dict({"sentence": ["w5"]}))
 
 
+def test_a_bad_pool_is_found_before_the_teacher_works(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TeacherSource, "logits", lambda *_: pytest.fail("the teacher was asked"))
+    train, bad = make_texts(20, 1), Dataset.from_dict({"text": ["w5", None]})
+    for pool, held_out, message in (
+        (bad.rename_column("text", "sentence"), None, "unlabelled split has no column 'text'"),
+        (bad, None, "unlabelled split must hold strings, got None in row 1"),
+        (None, bad, "`held_out` split must hold strings, got None in row 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quick("multinomial_nb", tiny("bert"), train, pool, tokenizer=tokenizer, held_out=held_out)
+
+
 def test_a_teacher_of_other_labels(tokenizer: Any) -> None:
     rows = make_texts(20)
     with pytest.raises(ValueError, match=r"labels must be the task's.*To resolve"):

@@ -30,7 +30,7 @@ from .features import TextFeatures
 from .files import read_about
 from .fitting import Settings, fit_in_memory, fit_stream
 from .kinds import KINDS, Kind, is_soft
-from .rows import TeacherSource, keys_of, labelled_rows, pool_rows, soft_label, texts_of
+from .rows import TeacherSource, check_pool, keys_of, labelled_rows, pool_rows, soft_label, texts_of
 from .static import KIND as STATIC
 from .static import StaticStudent, StaticTraining, fit_static
 from .students import ClassicalStudent, Student
@@ -188,6 +188,8 @@ def _checked(
             f"`task` must be of kind single_label for a classical student, got {task.kind}. "
             "To resolve, use smbert.compress for such a task."
         )
+    if isinstance(pool, Dataset):
+        check_pool(pool, task)
     if train is None:
         return task, None
     prepared = prepare(task, train, required=("train",))["train"]

@@ -176,7 +176,7 @@ def keys_of(rows: Dataset | Sequence[Dataset] | None, task: Task) -> set[tuple[s
     """The keys of all rows of one or several data sets.
 
     Raises:
-        ValueError: a data set lacks a text column.
+        ValueError: a data set lacks a text column, or a text is no string.
     """
     if rows is None:
         return set()
@@ -187,6 +187,8 @@ def keys_of(rows: Dataset | Sequence[Dataset] | None, task: Task) -> set[tuple[s
                 f"`held_out` must have the columns {list(task.text_columns)}, got {one.column_names} without {missing}. "
                 "To resolve, pass the evaluation rows of the same task."
             )
+        for column in task.text_columns:
+            _rows.check_texts(list(one[column]), column, "`held_out`")
     return {text_key(text) for one in every for text in texts_of(one, task)}
 
 
@@ -196,6 +198,13 @@ def labelled_rows(rows: Dataset, source: TeacherSource, temperature: float, gold
     logits = None if gold_weight == 1 else source.logits(rows)
     targets = soft_targets(logits, gold, source.task.num_labels, temperature, gold_weight)
     return Taught(texts_of(rows, source.task), targets, gold)
+
+
+def check_pool(rows: Dataset, task: Task) -> None:
+    """ValueError unless the rows have the task's text columns, with texts in them."""
+    _rows.require_columns(rows, task.text_columns, "unlabelled")
+    for column in task.text_columns:
+        _rows.check_texts(list(rows[column]), column, "unlabelled")
 
 
 def pool_rows(
@@ -217,10 +226,7 @@ def pool_rows(
     Raises:
         ValueError: a column is missing, a text is no string, or nobody knows the logits.
     """
-    columns = list(source.task.text_columns)
-    _rows.require_columns(rows, columns, "unlabelled")
-    for column in columns:
-        _rows.check_texts(list(rows[column]), column, "unlabelled")
+    check_pool(rows, source.task)
     evaluation, labelled = left_out
     keys = [text_key(text) for text in texts_of(rows, source.task)]
     chosen = [number for number, key in enumerate(keys) if key not in evaluation and key not in labelled]
