@@ -385,12 +385,28 @@ def test_bad_corpora(run: Context, tmp_path: Path) -> None:
     for content, message in ((b"\n \n", "has none"), (b"caf\xe9\n", "must be UTF-8")):
         (file := tmp_path / "corpus.txt").write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            VocabPruning(corpus=str(file)).run(model_for(run), run, tmp_path)
+            VocabPruning(corpus=str(file)).outline(before, run)
     (table := tmp_path / "corpus.csv").write_text("title\nx\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"text columns text.*has title"):
-        VocabPruning(corpus=str(table)).run(model_for(run), run, tmp_path)
+        VocabPruning(corpus=str(table)).outline(before, run)
     table.write_text("text,title\nthe cat hat sat 1 2 3 on that mat times,x\n", encoding="utf-8")
     VocabPruning(corpus=str(table), min_class_coverage=0.5).run(model_for(run), run, tmp_path)
+
+
+def test_a_long_corpus_is_counted_slice_by_slice(run: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, lines = tmp_path / "corpus.txt", [f"the cat {i} sat on that hat" for i in range(2500)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    ids = [i for row in run.tokenizer(lines)["input_ids"] for i in row if i not in run.tokenizer.all_special_ids]
+    sizes, original = [], type(run.tokenizer).__call__
+
+    def watched(self: Any, texts: list[str], *args: Any, **options: Any) -> Any:
+        sizes.append(len(texts))
+        return original(self, texts, *args, **options)
+
+    monkeypatch.setattr(type(run.tokenizer), "__call__", watched)
+    counts = VocabPruning(corpus=str(file))._counts(run, len(run.tokenizer))
+    assert sizes == [1000, 1000, 500]
+    assert np.array_equal(counts, np.bincount(ids, minlength=len(run.tokenizer)))
 
 
 def test_runs_that_cannot_be_pruned(run: Context, context: Context) -> None:

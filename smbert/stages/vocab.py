@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,10 +74,8 @@ class VocabPruning(Stage):
                 "vocab_pruning needs the texts of the pool. To resolve, build the Context with `pool_texts`."
             )
         _check_classes(context.data)
-        if self.corpus != "rows" and not Path(self.corpus).is_file():
-            raise ValueError(
-                f'`corpus` must be "rows" or a file, and there is no file {self.corpus!r}. To resolve, check the path.'
-            )
+        if self.corpus != "rows":
+            _texts_of(Path(self.corpus), context.data.task.text_columns)
         return replace(before, outer_known=False)
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -139,11 +138,12 @@ class VocabPruning(Stage):
         return min(limits, default=None)
 
     def _counts(self, context: Context, size: int) -> np.ndarray:
+        corpus: Iterable[Dataset]
         if self.corpus == "rows":
             corpus = [context.data.train, *([context.pool] if context.pool is not None else [])]
         else:
             texts = _texts_of(Path(self.corpus), context.data.task.text_columns)
-            corpus = [Dataset.from_dict({"input_ids": context.tokenizer(texts)["input_ids"]})]
+            corpus = _cut_up(texts, context.tokenizer)
         return _content(count_pieces(corpus, size), context.tokenizer)
 
 
@@ -212,7 +212,17 @@ def _coverage_by_class(
     return shares
 
 
+def _cut_up(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Dataset]:
+    """Token ids of a thousand texts at a time: those of a whole corpus would take some 200 bytes a token."""
+    for start in range(0, len(texts), 1000):
+        yield Dataset.from_dict({"input_ids": tokenizer(texts[start : start + 1000])["input_ids"]})
+
+
 def _texts_of(file: Path, columns: tuple[str, ...]) -> list[str]:
+    if not file.is_file():
+        raise ValueError(
+            f'`corpus` must be "rows" or a file, and there is no file {str(file)!r}. To resolve, check the path.'
+        )
     if file.suffix.lower() != ".txt":
         rows = read_files([file])
         present = [column for column in columns if column in rows.column_names]
