@@ -52,6 +52,7 @@ class Structure:
         vocab_size: rows of the word embedding.
         embedding_size: columns of the word embedding (ELECTRA: may differ from `hidden_size`).
         layer_widths: (heads, FFN neurons) of each layer, as they are in the model's tensors.
+        factorised: whether the word embedding is a product of two tables.
     """
 
     family: Family
@@ -60,6 +61,7 @@ class Structure:
     vocab_size: int
     embedding_size: int
     layer_widths: tuple[tuple[int, int], ...]
+    factorised: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -134,6 +136,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
             (_in_features(family.get(layer, "attention_output")) // size, _in_features(family.get(layer, "ffn_out")))
             for layer in encoder_layers(model)
         ),
+        factorised=bool(getattr(config, "embedding_rank", None)),
     )
 
 

@@ -132,6 +132,13 @@ def test_what_cannot_be_factorised(context: Context) -> None:
             EmbeddingFactorisation(rank=rank).outline(Outline(structure_of(model)), context)
     with pytest.raises(ValueError, match="factorised already"):
         factorised(factorised(model, 8), 4)
+    stage = EmbeddingFactorisation(rank=4)
+    with pytest.raises(ValueError, match=r"factorised already.*To resolve"):
+        stage.outline(Outline(structure_of(factorised(model, 8))), context)
+    before = Outline(structure_of(model))
+    assert stage.outline(before, context).structure == structure_of(factorised(model, 4))
+    with pytest.raises(ValueError, match="factorised already"):
+        Recipe(stages=(stage, stage)).check(before, context)
     with pytest.raises(ValueError, match="no head shares it"):
         factorised(tiny("bert", "masked-lm", layers=1), 4)
     with pytest.raises(ValueError, match="`table` and `projection`"):

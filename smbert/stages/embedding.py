@@ -45,8 +45,14 @@ class EmbeddingFactorisation(Stage):
             raise ValueError(f"`smoothing` must be a number above 0, got {value!r}. To resolve, try 1.0.")
 
     def outline(self, before: Outline, context: Context) -> Outline:
-        self._rank(before.structure.embedding_size)
-        return replace(before, outer_known=False)
+        if before.structure.factorised:
+            raise ValueError(
+                "embedding_factorisation needs a plain word embedding, and that of the model is factorised already. "
+                "To resolve, leave the stage out, or factorise once with the smaller `rank`."
+            )
+        rank = self._rank(before.structure.embedding_size)
+        structure = replace(before.structure, embedding_size=rank, factorised=True)
+        return replace(before, structure=structure, outer_known=False)
 
     def _rank(self, width: int) -> int:
         rank = count_from(self.rank, width, "rank")
