@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         "cache_dir": out / "cache",
     }
     encoder = tuned = None
-    command = "python benchmarks/glue.py " + " ".join(sys.argv[1:])
+    command = shlex.join(["python", "benchmarks/glue.py", *sys.argv[1:]])
     for seed in seeds:
         for name in tasks:
             file = out / "cells" / f"{name}-{seed}.json"

@@ -16,6 +16,7 @@ Document: "BERT-small taught on unlabelled text" of the project's sources.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         require_columns(pool, task.text_columns, "--pool")
         for column in task.text_columns:
             check_texts(list(pool[column]), column, "--pool")
-    report = Report(command="python recipes/unlabelled.py " + " ".join(sys.argv[1:]), environment=environment())
+    report = Report(command=shlex.join(["python", "recipes/unlabelled.py", *sys.argv[1:]]), environment=environment())
     for seed in [int(s) for s in args.seeds.split(",")]:
         for row in one_seed(args, seed, task, train, validation, pool, report):
             report.add(row)
