@@ -127,7 +127,7 @@ def test_a_checkpoint_and_a_csv_of_ones_own(
     monkeypatch.setattr("smbert.report.draw", lambda rows: b"plot")
     monkeypatch.setattr(compress, "latency", partial(compress.latency, warmup=1, min_runs=5))
     # Speed is measured; a tiny model on a busy machine would make the test a matter of luck.
-    monkeypatch.setattr(compress, "sizes_for", lambda goal, model: compress.Sizes(1, 2, 32))
+    monkeypatch.setattr(compress, "sizes_for", lambda goal, *models: compress.Sizes(1, 2, 32))
     train = SmbertTrainer.train
 
     def two_steps(self: SmbertTrainer, **kwargs: object) -> object:

@@ -369,7 +369,6 @@ def test_a_live_teacher_runs_beside_every_step(
 def test_kept_hidden_states_spare_the_teacher_the_second_epoch(
     context: Context, teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smbert.stages.distill.supports_bf16", lambda: False)
     context = replace(context, teacher=teacher)
     stage = Distill(objectives=(LogitsObjective(), HiddenObjective()), **{**QUICK, "epochs": 2})
     calls = counted(teacher)
@@ -419,8 +418,6 @@ def test_kept_hidden_states_belong_to_their_rows(
 def test_cached_and_live_logits_are_the_same(
     context: Context, teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The cache is made in bf16 where the hardware has it; here the question is whether rows and logits belong together.
-    monkeypatch.setattr("smbert.stages.distill.supports_bf16", lambda: False)
     steps = Steps(monkeypatch)
     Distill(objectives=(LogitsObjective(),), **QUICK).run(tiny("bert"), replace(context, teacher=teacher), tmp_path)
     assert len(steps.inputs) == 4
@@ -492,7 +489,6 @@ def test_projections_serve_the_loss_and_stay_out_of_the_result(
 def test_pool_rows_bring_soft_labels_and_no_gold_loss(
     context: Context, teacher: PreTrainedModel, pool: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smbert.stages.distill.supports_bf16", lambda: False)
     pool, train = pool.select(range(8)), context.data.train.select(range(16))
     context = replace(context, teacher=teacher, pool=pool, data=replace(context.data, train=train))
     soft = predict_logits(teacher, pool, context.collator, disable_tqdm=True)
