@@ -191,7 +191,7 @@ def cells(
     return wanted
 
 
-def cell(bench: Bench, methods: Sequence[str], speedup: float, int8_teacher: bool = True) -> dict[str, Any]:
+def cell(bench: Bench, methods: Sequence[str], speedup: float, int8_teacher: bool) -> dict[str, Any]:
     """The rows of one task, seed and speed-up, and why methods have none."""
     models, seconds, contexts, notes = {TEACHER: bench.teacher}, {}, {}, []
     skipped: dict[str, str] = {}
@@ -228,9 +228,8 @@ def report_of(out: Path, command: str, left_out: Sequence[str]) -> Report:
     report = Report(command=command, environment=found[-1]["environment"] if found else environment())
     for row in (Row.from_dict(row) for made in found for row in made["rows"]):
         known = any((r.name, r.task, r.seed) == (row.name, row.task, row.seed) for r in report.rows)
-        if not (
-            row.name in (TEACHER, INT8_TEACHER, MAJORITY) and known
-        ):  # of every cell; its milliseconds are those of the first
+        # Every cell has those; their milliseconds are those of the first.
+        if not (row.name in (TEACHER, INT8_TEACHER, MAJORITY) and known):
             report.add(row)
     steps = dict.fromkeys(f"{c['task']} {c['speedup']:g}x: {c['steps']}" for c in found)
     report.notes = [f"Training steps of every method after the teacher's: {'; '.join(steps)}.", *left_out]

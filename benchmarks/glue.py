@@ -236,7 +236,7 @@ def cell(
     small, records = run_recipe(chain, start, taught, runner)
     contexts = {STUDENT: context_at_end(chain, taught, runner)}  # vocab_pruning leaves another tokenizer
     models[STUDENT], seconds[STUDENT] = small, sum(r["seconds"] for r in records)
-    untaught = untaught_start(recipe, raw, task)
+    untaught = untaught_start(recipe, raw, context)
     control = undistilled(recipe, small, untaught, len(context.data.train))
     if args.control_steps:
         control = control.override({"finetune.max_steps": args.control_steps})

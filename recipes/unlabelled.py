@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, set_seed  # noqa: E402
 
 from smbert._int8_row import with_int8_teacher  # noqa: E402
 from smbert._report_tables import INT8_TEACHER  # noqa: E402
-from smbert._rows import check_texts, read_files, require_columns  # noqa: E402
+from smbert._rows import read_files  # noqa: E402
 from smbert.checkpoints import load_model  # noqa: E402
 from smbert.cli import guarded  # noqa: E402
 from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of  # noqa: E402
@@ -44,7 +44,7 @@ from smbert.processes import process_state  # noqa: E402
 from smbert.report import Report, Row  # noqa: E402
 from smbert.runner import Runner  # noqa: E402
 from smbert.stages import Distill, Finetune  # noqa: E402
-from smbert.tasks import Task, load_files, load_task, tokenize  # noqa: E402
+from smbert.tasks import Task, load_files, load_task, prepare, tokenize  # noqa: E402
 
 DOUBLED = "same shape, twice the labels"
 
@@ -98,11 +98,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.validation_samples is not None and args.validation_samples < len(validation):
         validation = validation.shuffle(seed=0).select(range(args.validation_samples))
-    pool = read_files(args.pool) if args.pool else None
-    if pool is not None:
-        require_columns(pool, task.text_columns, "--pool")
-        for column in task.text_columns:
-            check_texts(list(pool[column]), column, "--pool")
+    pool = prepare(task, {"unlabelled": read_files(args.pool)}, ("unlabelled",))["unlabelled"] if args.pool else None
     report = Report(command=shlex.join(["python", "recipes/unlabelled.py", *sys.argv[1:]]), environment=environment())
     for seed in [int(s) for s in args.seeds.split(",")]:
         for row in one_seed(args, seed, task, train, validation, pool, report):

@@ -228,7 +228,7 @@ def compress(
     tok = contexts[STUDENT].tokenizer
     seconds[STUDENT] = sum(r["seconds"] for r in records)
     if baseline:
-        start = untaught_start(chain, student, spec)
+        start = untaught_start(chain, student, context)
         twin_chain = undistilled(chain, small, start, len(context.data.train))
         twin_runner = Runner(runner.output_dir / "undistilled", resume)
         twin, twin_records = run_recipe(twin_chain, start, context, twin_runner)
@@ -268,10 +268,13 @@ def _sizes(goal: Target, model: PreTrainedModel, baseline: PreTrainedModel, runn
     return Sizes(**json.loads(file.read_text())["sizes"])
 
 
-def untaught_start(recipe: Recipe, model: PreTrainedModel, task: Task) -> PreTrainedModel:
+def untaught_start(recipe: Recipe, model: PreTrainedModel, context: Context) -> PreTrainedModel:
     """What the control begins with: `model`, or the checkpoint that the recipe puts in its place."""
     students = [s.student for s in recipe.stages if isinstance(s, Distill) and s.student]
-    return with_head(load_model(students[-1]), task) if students else model
+    if not students:
+        return model
+    set_seed(context.seed)  # of a fresh head, by whose weights a resumed run knows the model again
+    return with_head(load_model(students[-1]), context.data.task)
 
 
 def undistilled(recipe: Recipe, small: PreTrainedModel, start: PreTrainedModel, rows: int) -> Recipe:
@@ -287,21 +290,17 @@ def undistilled(recipe: Recipe, small: PreTrainedModel, start: PreTrainedModel, 
     """
     widths = structure_of(small).layer_widths
     heads, ffn = (tuple(w[i] for w in widths) for i in (0, 1))
+    shallower = len(widths) < structure_of(start).num_layers
     least = min(1, *(min(pair) for pair in widths))  # whole sub-layers may be missing
     stages = [recipe.teacher, *recipe.stages]
-    trained = [
-        s for s in stages if isinstance(s, TrainingStage) and s.task is None and getattr(s, "method", "") != "truncate"
-    ]
+    untrained = [s for s in stages if isinstance(s, DepthReduction) and s.method == "truncate"]
+    trained = [s for s in stages if isinstance(s, TrainingStage) and s.task is None and s not in untrained]
     longest = max(trained, key=lambda s: s.max_steps if s.max_steps > 0 else s.epochs * rows / s.batch_size)
     return Recipe(
         name=UNDISTILLED,
         max_length=recipe.max_length,
         stages=(
-            *(
-                [DepthReduction(layers=len(widths), method="truncate")]
-                if len(widths) < structure_of(start).num_layers
-                else []
-            ),
+            *([DepthReduction(layers=len(widths), method="truncate")] if shallower else []),
             WidthPruning(heads=heads, ffn=ffn, scorer="magnitude", samples=1, min_heads=least, min_ffn=least),
             *(stage for stage in recipe.stages if isinstance(stage, EmbeddingFactorisation | VocabPruning)),
             replace(recipe.teacher, epochs=longest.epochs, max_steps=longest.max_steps),

@@ -14,10 +14,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from .measure import max_positions, supports_bf16
+from .measure import max_positions
 from .surgery import structure_of
 from .tasks import Task
 from .teacher import DistillCollator, predict_logits
+from .trainer import uses_bf16
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,8 +75,8 @@ class Context:
 
     @property
     def bf16(self) -> bool:
-        """Whether the run computes under bf16 autocast wherever it need not be exact: as `args` say, else where the hardware has it."""
-        return bool(self.args.get("bf16", supports_bf16(device_of_run()) and not self.args.get("fp16")))
+        """Whether the run computes under bf16 autocast, in its training and wherever else it need not be exact."""
+        return uses_bf16(self.args)
 
     @property
     def disable_tqdm(self) -> bool:
@@ -97,7 +98,7 @@ class Context:
         labels = np.asarray(rows["labels"][:])
         logits = predict_logits(model, rows, self.collator, disable_tqdm=self.disable_tqdm)
         if self.compute_metrics is not None and data is self.data:
-            return {k: float(v) for k, v in self.compute_metrics(EvalPrediction(logits, labels)).items()}
+            return self._own_metrics(logits, labels)
         metrics = data.task.compute(logits, labels)
         return {data.task.headline: metrics[data.task.headline], **metrics}
 
@@ -130,15 +131,17 @@ class Context:
         rows = self.data.validation.select(range(min(64, len(self.data.validation))))
         logits = np.random.default_rng(0).standard_normal((len(rows), self.data.task.num_labels), dtype=np.float32)
         try:
-            found = self.compute_metrics(EvalPrediction(logits, np.asarray(rows["labels"][:])))
-            good = len(found) > 0 and all(isinstance(float(value), float) for value in found.values())
+            found = self._own_metrics(logits, np.asarray(rows["labels"][:]))
         except Exception as error:
             raise ValueError(
                 f"`compute_metrics` must take an EvalPrediction of logits {logits.shape} and labels, and failed: "
                 f"{type(error).__name__}: {error}. To resolve, correct it."
             ) from error
-        if not good:
-            raise ValueError(f"`compute_metrics` must give {{name: number}}, got {found!r}. To resolve, correct it.")
+        if not found:
+            raise ValueError("`compute_metrics` must give {name: number}, got nothing. To resolve, correct it.")
+
+    def _own_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return {k: float(v) for k, v in self.compute_metrics(EvalPrediction(logits, labels)).items()}
 
 
 def on_device(model: Model) -> Model:

@@ -61,7 +61,7 @@ def check_labels(model: PreTrainedModel, task: Task) -> None:
     if [name.casefold() for name in own] != names:
         raise ValueError(
             f"label names must agree, in this order: the model has {own}, the data have {list(task.label_names)}. To resolve, rename "
-            "the labels of one of them, or pass new_head=True (flag --new-head) for a fresh classifier."
+            "the labels of one of them, or compress with new_head=True (flag --new-head) for a fresh classifier."
         )
 
 

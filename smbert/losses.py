@@ -1,8 +1,8 @@
 """The distillation losses: what `smbert.objectives` configures.
 
-Every loss is computed in float32 (`AttentionLoss` says where not), reads real tokens only (more padding changes
-nothing) and is 0, but for rounding, when teacher and student agree. A loss over several layer pairs is the mean over them, so a weight keeps its meaning when the layer map
-changes.
+Every loss is computed in float32 (`AttentionLoss` says where not), reads real tokens only (more padding changes nothing)
+and is 0, but for rounding, when teacher and student agree. A loss over several layer pairs is the mean over them, so a
+weight keeps its meaning when the layer map changes.
 
 Papers: Hinton et al. 2015 (logits), TinyBERT 2020 (hidden, attention, embedding), DistilBERT 2019 (cosine),
 MiniLMv2 2021 (relation).
@@ -133,7 +133,7 @@ class AttentionLoss(Loss):
         return total / len(self.pairs)
 
     def _mean_over_heads(self, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """The squared differences of student's and teacher's scores, summed over the batch and its tokens."""
+        """The squared differences of student's and teacher's scores, summed over the pairs of tokens, mean over the heads."""
         (s_scale, t_scale), (s_q, t_q), (s_k, t_k) = [q.shape[-1] ** -0.5 for q in queries], queries, keys
         if self.heads == "mean":
             # The mean over heads of q k^T is one product of the concatenated heads.

@@ -278,6 +278,11 @@ class SmbertTrainer(Trainer):
         super().log(logs, start_time)
 
 
+def uses_bf16(args: Mapping[str, Any]) -> bool:
+    """Whether a run with these `TrainingArguments` fields computes under bf16 autocast: as they say, else where the hardware has it."""
+    return bool(args.get("bf16", supports_bf16() and not args.get("fp16")))
+
+
 def training_arguments(output_dir: Path, overrides: Mapping[str, Any], **stage_values: Any) -> TrainingArguments:
     """The Trainer's arguments: our defaults, then the user's `args`, then what the stage itself fixes.
 
@@ -287,7 +292,7 @@ def training_arguments(output_dir: Path, overrides: Mapping[str, Any], **stage_v
     defaults: dict[str, Any] = {
         # bf16 on a CPU is refused unless the CPU is asked for by name.
         "use_cpu": not torch.accelerator.is_available(),
-        "bf16": supports_bf16() and not overrides.get("fp16"),
+        "bf16": uses_bf16(overrides),
         "train_sampling_strategy": "group_by_length",
         "length_column_name": "length",
         "lr_scheduler_type": "linear",
