@@ -91,11 +91,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         raise ValueError("--task or --train-file must be given. To resolve, name a GLUE task or your own files.")
     train, validation = data["train"], data["validation"]
-    if args.labels < 1 or len(train) < 2 * args.labels:
-        raise ValueError(
-            f"--labels must be from 1 to half of the {len(train)} labelled rows, which the control with twice as many needs, "
-            f"got {args.labels}. To resolve, lower it."
-        )
+    if not 1 <= args.labels <= len(train):
+        raise ValueError(f"--labels must be from 1 to {len(train)}, the labelled rows, got {args.labels}. To resolve, lower it.")
     if args.validation_samples is not None and args.validation_samples < len(validation):
         validation = validation.shuffle(seed=0).select(range(args.validation_samples))
     pool = prepare(task, {"unlabelled": read_files(args.pool)}, ("unlabelled",))["unlabelled"] if args.pool else None
@@ -169,9 +166,12 @@ def one_seed(
 
     control = Finetune(epochs=args.control_epochs, learning_rate=args.student_lr)
     train_one(UNDISTILLED, control, args.student, student, "02-labels")
-    twice = tokenize(drawn.select(range(2 * args.labels)), task, student.tokenizer, args.max_length)
-    doubled = replace(student, data=TaskData(task, twice, student.data.validation))
-    train_one(DOUBLED, control, args.student, doubled, "03-twice_the_labels")
+    if len(drawn) >= 2 * args.labels:
+        twice = tokenize(drawn.select(range(2 * args.labels)), task, student.tokenizer, args.max_length)
+        doubled = replace(student, data=TaskData(task, twice, student.data.validation))
+        train_one(DOUBLED, control, args.student, doubled, "03-twice_the_labels")
+    elif (note := f"Only {len(drawn)} rows have labels: no control with twice the labels.") not in report.notes:
+        report.notes.append(note)
     splits = {"train": labelled, "validation": validation}
     timed = models
     try:

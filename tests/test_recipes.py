@@ -195,6 +195,12 @@ def test_few_labels_and_much_unlabelled_text(
     assert rows["01-distill"] == kept < 41 and "stand in the evaluation set" in report.notes[0]
     assert " 0 stand in" not in report.notes[0]
 
+    most = [*argv, "--labels", "30", "--seeds", "0", "--no-int8-teacher", "--output", str(tmp_path / "most")]
+    assert recipe.main(most) == 0
+    few = Report.read(tmp_path / "most")
+    assert "no control with twice the labels" in few.notes[-1]
+    assert "same shape, twice the labels" not in {row.name for row in few.rows}
+
     monkeypatch.setattr(SmbertTrainer, "train", None)  # a second run trains nothing
     assert recipe.main(argv) == 0
     assert [r.metrics for r in Report.read(tmp_path / "out").rows] == [r.metrics for r in report.rows]
@@ -206,8 +212,8 @@ def test_few_labels_and_much_unlabelled_text(
         recipe.main(argv)
     assert events == ["wait"]
     capsys.readouterr()
-    assert recipe.main([*argv, "--labels", "30"]) == 2
-    assert "half of the 41 labelled rows" in capsys.readouterr().err
+    assert recipe.main([*argv, "--labels", "42"]) == 2
+    assert "from 1 to 41, the labelled rows, got 42" in capsys.readouterr().err
 
 
 def test_a_pool_in_files_is_read_as_the_rows_are(
