@@ -6,8 +6,9 @@
 WHY these steps, in this order:
  1. Labels. With `--labels 2000` only so many rows keep theirs and the others become a pool of unlabelled text: there a teacher has
     something to give that labels cannot. On texts that all have labels it can only say how sure it is.
- 2. Teacher. It is asked once about every text, before any student, so that all of them learn from the same soft labels. Texts of
-    the pool that are also in the validation split are left out, and counted.
+ 2. Teacher. A raw checkpoint is fine-tuned first, on the same labels and no others. It is asked once about every text, before any
+    student, so that all of them learn from the same soft labels. Texts of the pool that are also in the validation split are left
+    out, and counted.
  3. Students, twice each, by the same function and with the same search for parameters: on the gold labels (the baseline), then on
     the teacher's soft labels. Only so does the difference say what the teacher is worth.
  4. Time, from raw text to label, with the tokenizer or vectorizer, teacher and students in turns in this one process.
@@ -27,24 +28,31 @@ from typing import Any
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 import rich  # noqa: E402
+from transformers import set_seed  # noqa: E402
 
 from smbert._rows import read_files  # noqa: E402
 from smbert.checkpoints import load_model  # noqa: E402
-from smbert.classical import STUDENTS, TeacherSource, distill_classical, soft_label, texts_of  # noqa: E402
+from smbert.classical import STUDENTS, TeacherSource, distill_classical, longest_row, soft_label, texts_of  # noqa: E402
 from smbert.cli import add_data_flags, data_of, guarded, pairs  # noqa: E402
-from smbert.context import on_device  # noqa: E402
+from smbert.context import Context, on_device  # noqa: E402
 from smbert.explain import as_classifier  # noqa: E402
-from smbert.heads import label_names  # noqa: E402
-from smbert.inputs import as_tokenizer  # noqa: E402
+from smbert.heads import is_finetuned, label_names, with_head  # noqa: E402
+from smbert.inputs import as_tokenizer, tokenised  # noqa: E402
 from smbert.measure import count_parameters, environment, size_mb, speedups  # noqa: E402
 from smbert.report import Report, Row  # noqa: E402
+from smbert.runner import Runner  # noqa: E402
+from smbert.stages import Finetune  # noqa: E402
 from smbert.tasks import majority_baseline  # noqa: E402
 from smbert.text_latency import text_latency  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="teacher, fine-tuned on the task: folder or Hub id")
+    parser.add_argument(
+        "--model", required=True, help="teacher, folder or Hub id; fine-tuned on the labels where it is raw"
+    )
+    parser.add_argument("--teacher-epochs", type=float, default=3, help="of a raw teacher (default: %(default)s)")
+    parser.add_argument("--teacher-lr", type=float, default=5e-5, help="of a raw teacher (default: %(default)s)")
     add_data_flags(parser)
     parser.add_argument("--labels", type=int, help="keep so many training labels, the other rows are the pool")
     parser.add_argument("--unlabelled-file", help="texts without labels, for the pool")
@@ -65,13 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     out, settings = Path(args.output), {"seed": args.seed, **pairs(args.changes, "--set")}
-    teacher = on_device(load_model(args.model, trust_remote_code=args.trust_remote_code))
+    teacher = load_model(args.model, trust_remote_code=args.trust_remote_code)
     tokenizer = as_tokenizer(args.model, args.tokenizer, args.trust_remote_code)
     if args.train_file and args.label_names is None:
         args.label_names = label_names(teacher)
     task, data = data_of(args)
     quiet = args.disable_tqdm
-    source = TeacherSource(teacher, tokenizer, task, out / "cache", args.max_length, bf16=args.bf16, disable_tqdm=quiet)
 
     # 1. Labels.
     labelled, pool = data["train"], None
@@ -86,6 +93,10 @@ def run(args: argparse.Namespace) -> None:
         pool = read_files([args.unlabelled_file]).select_columns(list(task.text_columns))
 
     # 2. The teacher, once.
+    if not is_finetuned(args.model):
+        teacher = finetuned(args, tokenizer, task, labelled, data["validation"], longest_row(teacher, tokenizer))
+    teacher = on_device(teacher)
+    source = TeacherSource(teacher, tokenizer, task, out / "cache", args.max_length, bf16=args.bf16, disable_tqdm=quiet)
     taught = soft_label(labelled, source)
     pool = None if pool is None else soft_label(pool, source)
     texts, gold = texts_of(data["validation"], task), list(data["validation"][task.label_column])
@@ -141,6 +152,22 @@ def run(args: argparse.Namespace) -> None:
     report.write(out)
     rich.print(report.table())
     print("\n".join(report.notes) + f"\n\nreport  {out / 'report.md'}\nstudents  {out / 'students'}")
+
+
+def finetuned(args: argparse.Namespace, tokenizer: Any, task: Any, labelled: Any, validation: Any, longest: int) -> Any:
+    """The raw checkpoint, fine-tuned on the labels that there are; found again by the same command."""
+    splits = {"train": labelled, "validation": validation}
+    context = Context(
+        tokenizer=tokenizer,
+        data=tokenised(task, splits, tokenizer, args.max_length or longest),
+        cache_dir=Path(args.output) / "cache",
+        args={"disable_tqdm": True} if args.disable_tqdm else {},
+        seed=args.seed,
+    )
+    set_seed(args.seed)  # of the new head
+    model = with_head(load_model(args.model, trust_remote_code=args.trust_remote_code), task)
+    stage = Finetune(epochs=args.teacher_epochs, learning_rate=args.teacher_lr)
+    return Runner(args.output).run(stage, model, context, "00-teacher")[0]
 
 
 def notes(report: Report, found: dict[str, Any], labelled: Any, pool: Any, majority: float) -> list[str]:

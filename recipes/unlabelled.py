@@ -92,7 +92,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--task or --train-file must be given. To resolve, name a GLUE task or your own files.")
     train, validation = data["train"], data["validation"]
     if not 1 <= args.labels <= len(train):
-        raise ValueError(f"--labels must be from 1 to {len(train)}, the labelled rows, got {args.labels}. To resolve, lower it.")
+        raise ValueError(
+            f"--labels must be from 1 to {len(train)}, the labelled rows, got {args.labels}. To resolve, lower it."
+        )
     if args.validation_samples is not None and args.validation_samples < len(validation):
         validation = validation.shuffle(seed=0).select(range(args.validation_samples))
     pool = prepare(task, {"unlabelled": read_files(args.pool)}, ("unlabelled",))["unlabelled"] if args.pool else None

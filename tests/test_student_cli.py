@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import checkpoint, splits, texts
+from run_helpers import checkpoint, raw_checkpoint, splits, texts
 from tiny_models import tiny
 
 from smbert._cli_students import _pool, add_parsers
@@ -17,6 +17,7 @@ from smbert.classical import load_student
 from smbert.cli import guarded
 from smbert.report import Report
 from smbert.text_latency import text_latency
+from smbert.trainer import SmbertTrainer
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "classical.py"
 SMALL = ["--words", "1,1", "--set", "folds=2", "--disable-tqdm"]
@@ -160,6 +161,31 @@ def test_the_recipe(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     argv[argv.index("24")] = "64"
     assert recipe().main([*argv, "--output", str(tmp_path / "none")]) == 2
     assert "`--labels`" in capsys.readouterr().err
+
+
+def test_the_recipe_finetunes_a_raw_teacher_on_the_labels_that_there_are(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = raw_checkpoint(tmp_path / "raw")
+    argv = [
+        "--model",
+        str(raw),
+        *data_flags(place),
+        "--labels",
+        "24",
+        "--students",
+        "multinomial_nb",
+        "--set",
+        "folds=0",
+    ]
+    argv += ["--teacher-epochs", "1", "--timing-seconds", "0.05", "--disable-tqdm", "--output", str(tmp_path / "out")]
+    assert recipe().main(argv) == 0, capsys.readouterr().err
+    stage = json.loads((tmp_path / "out" / "00-teacher" / "stage.json").read_text(encoding="utf-8"))
+    assert stage["train_rows"] == 24
+    metrics = {row.name: row.metrics for row in Report.read(tmp_path / "out").rows}
+    monkeypatch.setattr(SmbertTrainer, "train", None)  # a second run trains nothing
+    assert recipe().main(argv) == 0, capsys.readouterr().err
+    assert {row.name: row.metrics for row in Report.read(tmp_path / "out").rows} == metrics
 
 
 def test_the_texts_are_the_same_for_all_models() -> None:

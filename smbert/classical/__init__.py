@@ -30,7 +30,7 @@ from .features import TextFeatures
 from .files import read_about
 from .fitting import Settings, fit_in_memory, fit_stream
 from .kinds import KINDS, Kind, is_soft
-from .rows import TeacherSource, check_pool, keys_of, labelled_rows, pool_rows, soft_label, texts_of
+from .rows import TeacherSource, check_pool, keys_of, labelled_rows, longest_row, pool_rows, soft_label, texts_of
 from .static import KIND as STATIC
 from .static import StaticStudent, StaticTraining, fit_static
 from .students import ClassicalStudent, Student
@@ -45,6 +45,7 @@ __all__ = [
     "TextFeatures",
     "distill_classical",
     "load_student",
+    "longest_row",
     "soft_label",
     "texts_of",
 ]

@@ -50,6 +50,11 @@ class Taught:
         )
 
 
+def longest_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Most tokens of a row where none are asked for: 512, or as many as the teacher takes."""
+    return int(min(512, tokenizer.model_max_length, max_positions(model) // 8 * 8))
+
+
 @dataclass(frozen=True)
 class TeacherSource:
     """Where soft labels come from: the column `teacher_logits` of the rows, else this teacher.
@@ -92,9 +97,11 @@ class TeacherSource:
         elif self.model is None or self.tokenizer is None:
             return None
         else:
-            longest = int(min(512, self.tokenizer.model_max_length, max_positions(self.model) // 8 * 8))
             plain = rows.select_columns(list(self.task.text_columns))
-            tokens = cast(Dataset, tokenize(plain, self.task, self.tokenizer, self.max_length or longest))
+            tokens = cast(
+                Dataset,
+                tokenize(plain, self.task, self.tokenizer, self.max_length or longest_row(self.model, self.tokenizer)),
+            )
             ask: dict[str, Any] = {
                 "batch_size": self.batch_size,
                 "bf16": self.bf16,
