@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py teacher=DIR smbert=DIR "no distillation=DIR" --task mrpc --data-dir DIR --output DIR
 
+WHY the first model in int8 too: a smaller model has to be worth more than ONNX Runtime's int8 of the large one (CPU only).
 WHY in turns: a machine's speed drifts with its load and its temperature, so all models take turns within one process, and a speed-up
 is only ever computed between figures of the same turns. The first model is the baseline. WHY real lengths too: a batch of
 sentences is shorter than 128 tokens and partly padding, and small models gain less there than on full batches.
@@ -25,9 +26,11 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer, PreTrainedModel
 
+from smbert._int8_row import Served, with_int8_teacher
+from smbert._report_tables import INT8_TEACHER, TEACHER
 from smbert.checkpoints import load_model
 from smbert.cli import guarded
-from smbert.context import on_device
+from smbert.context import device_of_run, on_device
 from smbert.measure import count_parameters, environment, latency, latency_on, macs, speedups
 from smbert.report import Report, Row
 from smbert.tasks import load_task, tokenize
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-length", type=int, default=128, help="most tokens of a task's row (default: %(default)s)"
     )
+    parser.add_argument("--no-int8-teacher", action="store_true", help="leave out the first model in int8")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--warmup", type=int, default=10, help="untimed runs (default: %(default)s)")
     parser.add_argument("--min-runs", type=int, default=50, help="timed runs (default: %(default)s)")
@@ -66,20 +70,32 @@ def run(args: argparse.Namespace) -> None:
     shapes = [(batch, int(length)) for length in args.lengths.split(",") for batch in batches]
     mix = {batch: real_batches(args, folders, batch) for batch in batches} if args.task else {}
 
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    first, int8, notes = next(iter(models)), {}, []
+    if device_of_run().type == "cpu" and not args.no_int8_teacher:
+        tokenizer = AutoTokenizer.from_pretrained(folders[first])
+        served, notes = with_int8_teacher(
+            {TEACHER: models[first]}, tokenizer, out / "teacher-int8", threads=args.threads
+        )
+        int8 = {name.replace(TEACHER, first): model for name, model in served.items() if name == INT8_TEACHER}
+
     report = Report(shlex.join(["python", "benchmarks/latency.py", *sys.argv[1:]]), environment(args.threads))
     limits: dict[str, Any] = {k: getattr(args, k) for k in ("warmup", "min_runs", "min_seconds", "threads")}
     for dtype in args.dtypes.split(","):
-        timed = latency(models, shapes, dtype=DTYPES[dtype], **limits)
+        turns = {**models, **(int8 if dtype == "fp32" else {})}
+        timed = latency(turns, shapes, dtype=DTYPES[dtype], **limits)
         for batch, inputs in mix.items():
             label = f"{batch}x{args.task}"
-            on_text = latency_on(models, inputs, label=label, dtype=DTYPES[dtype], **limits)
-            timed = {name: {**timed[name], **on_text[name]} for name in models}
-        faster = speedups(timed, next(iter(models)))
-        for name, model in models.items():
-            report.add(row(f"{name}, {dtype}", args.task or "random tokens", model, timed[name], faster[name]))
+            given = {name: inputs[first if name in int8 else name] for name in turns}
+            on_text = latency_on(turns, given, label=label, dtype=DTYPES[dtype], **limits)
+            timed = {name: {**timed[name], **on_text[name]} for name in turns}
+        faster = speedups(timed, first)
+        for name, model in turns.items():
+            told = name if name in int8 else f"{name}, {dtype}"
+            report.add(row(told, args.task or "random tokens", model, models[first], timed[name], faster[name]))
 
-    out = Path(args.output)
-    out.mkdir(parents=True, exist_ok=True)
+    report.notes = notes
     (out / "latency.json").write_text(report.to_json(), encoding="utf-8")
     (out / "latency.md").write_text(markdown(report), encoding="utf-8")
     draw(report, out / "latency.png")
@@ -103,12 +119,16 @@ def real_batches(args: argparse.Namespace, folders: dict[str, str], batch: int) 
     return found
 
 
-def row(name: str, task: str, model: PreTrainedModel, timed: Any, faster: dict[str, float]) -> Row:
-    count = count_parameters(model)
+def row(
+    name: str, task: str, model: PreTrainedModel | Served, first: PreTrainedModel, timed: Any, faster: dict[str, float]
+) -> Row:
+    served = isinstance(model, Served)
+    count = count_parameters(first if served else model)
+    stored_mb = model.size_mb if served else sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     return Row(
         name, task, None, "", None,
         params_total=count.total, params_encoder=count.encoder, params_embedding=count.embedding, macs=macs(model, 128),
-        size_mb=sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, latency_ms=timed, speedup=faster,
+        size_mb=stored_mb, latency_ms=timed, speedup=faster,
     )  # fmt: skip
 
 
@@ -126,6 +146,7 @@ def markdown(report: Report) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in report.environment.items())
     return (
         "\n".join(lines)
+        + "".join(f"\n\n{note}" for note in report.notes)
         + "\n\nms per batch, median / 95th percentile; in brackets how many times faster than the first model in the same dtype, "
         f"timed in the same turns.\n\n{machine}\n\n![latency](latency.png)\n"
     )

@@ -30,6 +30,8 @@ from matplotlib.figure import Figure
 from training import peak_memory_mb
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
+from smbert._int8_row import with_int8_teacher
+from smbert._report_tables import INT8_TEACHER, TEACHER
 from smbert._sample_losses import label_losses
 from smbert.checkpoints import load_model
 from smbert.cli import guarded
@@ -64,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--search-steps", type=int, default=30, help="of obs (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample of rows (default: %(default)s)")
+    parser.add_argument("--no-int8-teacher", action="store_true", help="leave out the teacher in int8")
     parser.add_argument("--output", required=True, help="folder for cells and the report")
     return guarded(run, parser.parse_args(argv))
 
@@ -97,6 +100,13 @@ def run(args: argparse.Namespace) -> None:
         "search_steps": args.search_steps,
     }
     baseline = once(out / "cells" / "teacher.json", identity, lambda: teacher_cell(model, context, args.samples))
+    int8 = (
+        None
+        if args.no_int8_teacher
+        else once(
+            out / "cells" / "teacher-int8.json", identity, lambda: int8_cell(model, context, out / "teacher-int8")
+        )
+    )
     rows: list[dict[str, Any]] = []
     for (name, speedup), stage in stages.items():
         file = out / "cells" / f"{name.replace(' ', '-')}-{speedup}.json"
@@ -104,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         rows[-1].update(name=name, budget=float(speedup))
         rows[-1]["retention"] = rows[-1]["metric"] / baseline["metric"] if baseline["metric"] else None
         report = {
-            "schema_version": 1, "command": command, "environment": environment(), "task": args.task, "seed": args.seed,
+            "schema_version": 1, "teacher_int8": int8, "command": command, "environment": environment(), "task": args.task, "seed": args.seed,
             "samples": args.samples, "teacher": baseline, "rows": rows,
         }  # fmt: skip
         write_json(out / "pruning.json", report)
@@ -165,6 +175,12 @@ def teacher_cell(model: PreTrainedModel, context: Context, samples: int) -> dict
     seconds = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     return {**scores(metrics), "pass_seconds": seconds, **sizes(model)}
+
+
+def int8_cell(model: PreTrainedModel, context: Context, folder: Path) -> dict[str, Any]:
+    """The metrics of the teacher in int8, or why there are none."""
+    served, notes = with_int8_teacher({TEACHER: model}, context.tokenizer, folder)
+    return scores(context.evaluate(served[INT8_TEACHER])) if INT8_TEACHER in served else {"missing": notes[0]}
 
 
 def cell(stage: Stage, model: PreTrainedModel, context: Context) -> dict[str, Any]:
@@ -233,6 +249,11 @@ def markdown(report: Mapping[str, Any]) -> str:
             "",
             f"The longest of obs built the database of all sizes, {max(databases):.0f} s; the others read it.",
         ]
+    if int8 := report["teacher_int8"]:
+        share = (
+            f" ({100 * int8['metric'] / teacher['metric']:.1f} %)" if int8.get("metric") and teacher["metric"] else ""
+        )
+        lines += ["", int8.get("missing") or f"Beside all of them, the {INT8_TEACHER}: {int8['metric']:.3f}{share}."]
     lines += ["", ", ".join(f"{key} {value}" for key, value in report["environment"].items())]
     return "\n".join([*lines, "", "![retention against MACs](pruning.png)", ""])
 

@@ -28,19 +28,24 @@ from typing import Any
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 import rich  # noqa: E402
+import torch  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
+from smbert._int8_row import with_int8_teacher  # noqa: E402
+from smbert._report_tables import INT8_TEACHER, TEACHER  # noqa: E402
 from smbert._rows import read_files  # noqa: E402
 from smbert.checkpoints import load_model  # noqa: E402
 from smbert.classical import STUDENTS, TeacherSource, distill_classical, longest_row, soft_label, texts_of  # noqa: E402
 from smbert.cli import add_data_flags, data_of, guarded, pairs  # noqa: E402
-from smbert.context import Context, on_device  # noqa: E402
+from smbert.compress import MAJORITY  # noqa: E402
+from smbert.context import Context, device_of_run, on_device  # noqa: E402
 from smbert.explain import as_classifier  # noqa: E402
 from smbert.heads import is_finetuned, label_names, with_head  # noqa: E402
 from smbert.inputs import as_tokenizer, tokenised  # noqa: E402
 from smbert.measure import count_parameters, environment, size_mb, speedups  # noqa: E402
 from smbert.report import Report, Row  # noqa: E402
 from smbert.runner import Runner  # noqa: E402
+from smbert.runtime import Classifier  # noqa: E402
 from smbert.stages import Finetune  # noqa: E402
 from smbert.tasks import majority_baseline  # noqa: E402
 from smbert.text_latency import text_latency  # noqa: E402
@@ -65,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--timing-seconds", type=float, default=10.0, help="per model and batch size (default: %(default)s)"
     )
+    parser.add_argument("--no-int8-teacher", action="store_true", help="leave out the row of the teacher in int8")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--disable-tqdm", action="store_true", help="no progress bars")
     parser.add_argument("--output", required=True, help="folder for the report and the students")
@@ -100,7 +106,17 @@ def run(args: argparse.Namespace) -> None:
     taught = soft_label(labelled, source)
     pool = None if pool is None else soft_label(pool, source)
     texts, gold = texts_of(data["validation"], task), list(data["validation"][task.label_column])
-    teacher_metrics = task.compute(source.logits(data["validation"]), gold)
+    metrics = {TEACHER: task.compute(source.logits(data["validation"]), gold)}
+    models = {TEACHER: as_classifier(teacher, tokenizer, max_length=args.max_length).predict_proba}
+    missing: list[str] = []
+    if not args.no_int8_teacher:
+        place = out / "teacher-int8"
+        served, missing = with_int8_teacher({TEACHER: teacher}, tokenizer, place, args.max_length)
+        if INT8_TEACHER in served:
+            fast = Classifier(place, threads=args.threads or torch.get_num_threads(), spinning=False)
+            metrics[INT8_TEACHER] = task.compute(fast.logits(texts), gold)
+            if device_of_run().type == "cpu":  # it runs there, and has no place in turns with a GPU
+                models[INT8_TEACHER] = fast.probabilities
 
     # 3. The students, on gold labels and on soft labels.
     found: dict[str, Any] = {}
@@ -121,7 +137,6 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name}: {task.compute(found[name].predict_logits(texts), gold)[task.headline]:.4f}", flush=True)
 
     # 4. Time.
-    models = {"teacher": as_classifier(teacher, tokenizer, max_length=args.max_length).predict_proba}
     models |= {name: student.predict_proba for name, student in found.items()}
     probe = texts[:2000]
     timed = text_latency(models, probe, (1, min(32, len(probe))), min_seconds=args.timing_seconds, disable_tqdm=quiet)
@@ -130,16 +145,20 @@ def run(args: argparse.Namespace) -> None:
     # 5. The report.
     report = Report(shlex.join(["python", "recipes/classical.py", *sys.argv[1:]]), environment(args.threads))
 
-    def add(name: str, metrics: dict[str, float], **more: Any) -> None:
-        seed = None if name in ("teacher", "majority class") else args.seed
+    def add(name: str, scores: dict[str, float], **more: Any) -> None:
+        seed = None if name in (TEACHER, INT8_TEACHER, MAJORITY) else args.seed
         times = {"latency_ms": timed[name], "speedup": faster[name]} if name in timed else {}
-        report.add(Row(name, task.name, seed, task.headline, metrics[task.headline], metrics, **times, **more))
+        report.add(Row(name, task.name, seed, task.headline, scores[task.headline], scores, **times, **more))
 
     count = count_parameters(teacher)
-    add(
-        "teacher", teacher_metrics, params_total=count.total, params_encoder=count.encoder,
-        params_embedding=count.embedding, size_mb=sum(p.numel() * p.element_size() for p in teacher.parameters()) / 1e6,
-    )  # fmt: skip
+    stored = {TEACHER: sum(p.numel() * p.element_size() for p in teacher.parameters()) / 1e6}
+    if INT8_TEACHER in metrics:
+        stored[INT8_TEACHER] = served[INT8_TEACHER].size_mb
+    for name, mb in stored.items():
+        add(
+            name, metrics[name], params_total=count.total, params_encoder=count.encoder,
+            params_embedding=count.embedding, size_mb=mb,
+        )  # fmt: skip
     for name, student in found.items():
         add(
             name, task.compute(student.predict_logits(texts), gold), params_total=student.num_parameters,
@@ -147,8 +166,8 @@ def run(args: argparse.Namespace) -> None:
             train_seconds=student.training["seconds"],
         )  # fmt: skip
     majority = majority_baseline(task, data["train"], data["validation"])
-    add("majority class", majority)
-    report.notes = notes(report, found, labelled, pool, majority[task.headline])
+    add(MAJORITY, majority)
+    report.notes = missing + notes(report, found, labelled, pool, majority[task.headline])
     report.write(out)
     rich.print(report.table())
     print("\n".join(report.notes) + f"\n\nreport  {out / 'report.md'}\nstudents  {out / 'students'}")
@@ -173,7 +192,7 @@ def finetuned(args: argparse.Namespace, tokenizer: Any, task: Any, labelled: Any
 def notes(report: Report, found: dict[str, Any], labelled: Any, pool: Any, majority: float) -> list[str]:
     """What the table does not say."""
     rows = {row.name: row for row in report.rows}
-    largest = list(rows["teacher"].latency_ms)[-1]
+    largest = list(rows[TEACHER].latency_ms)[-1]
     size = int(largest.partition("x")[0])
     rates = [f"{n} {1e3 * size / row.latency_ms[largest]['p50']:,.0f}" for n, row in rows.items() if row.latency_ms]
     lines = [

@@ -52,7 +52,11 @@ class Served(nn.Module):
 
 
 def with_int8_teacher(
-    models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, folder: Path
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_length: int | None = None,
+    threads: int | None = None,
 ) -> tuple[dict[str, PreTrainedModel | Served], list[str]]:
     """The models of a report with the teacher in int8 behind the teacher, and what the report should say of it.
 
@@ -63,9 +67,12 @@ def with_int8_teacher(
         models: by the name of their row.
         tokenizer: of the teacher.
         folder: where the export is kept; one of the same weights that is there already is used again.
+        max_length: most tokens of a row, for those who ask the folder and not the model; default: as many as the teacher takes.
+        threads: CPU threads; default: torch's.
     """
     try:
-        served = Served(_exported(models[TEACHER], tokenizer, folder), models[TEACHER], torch.get_num_threads())
+        place = _exported(models[TEACHER], tokenizer, folder, max_length)
+        served = Served(place, models[TEACHER], threads or torch.get_num_threads())
     except Exception as error:  # onnx, onnxruntime and protobuf have errors of their own, which share no narrower class
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.warning("no row %r: %s", INT8_TEACHER, reason)
@@ -79,7 +86,9 @@ def with_int8_teacher(
     return out, []
 
 
-def _exported(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+def _exported(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int | None
+) -> Path:
     """The folder with the teacher in int8, dynamic and per channel.
 
     Raises:
@@ -95,4 +104,4 @@ def _exported(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     except (ValueError, KeyError):
         pass  # none, or a damaged one: it is made anew
     logger.info("the teacher is exported in int8, for the report")
-    return export(teacher, folder, precision="int8", tokenizer=tokenizer).folder
+    return export(teacher, folder, precision="int8", tokenizer=tokenizer, max_length=max_length).folder

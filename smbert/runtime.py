@@ -50,6 +50,7 @@ class Classifier:
         providers: onnxruntime's execution providers, the preferred first; openvino runs on the CPU.
         verify: compare the files' hashes with the manifest before they are used.
         warm: answer once while loading, so that the first request does not pay for it.
+        spinning: onnxruntime's threads wait busily for the next request, which is faster; False leaves the CPU to others meanwhile.
 
     Raises:
         ValueError: no manifest, one of another format, a missing file, a file that is not the one that was exported, or an engine that
@@ -65,6 +66,7 @@ class Classifier:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         verify: bool = True,
         warm: bool = True,
+        spinning: bool = True,
     ) -> None:
         for name, value in (("threads", threads), ("batch_size", batch_size)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -89,6 +91,7 @@ class Classifier:
             self.manifest.get("setting", {}).get("precision", "fp32"),
             threads,
             providers,
+            spinning,
         )
         if warm:
             self.logits(["a"] if self._texts_per_row != 2 else [("a", "a")])

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import random
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from conftest import NOISE, TELLING
 from datasets import Dataset
 from tiny_models import tiny
 
+from smbert._report_tables import INT8_TEACHER
 from smbert.measure import macs
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -59,6 +61,10 @@ def test_every_method_within_every_budget_and_resumed(pruning, command, tmp_path
         assert row["macs"] <= whole / row["budget"]
         assert row["retention"] == pytest.approx(row["metric"] / report["teacher"]["metric"])
         assert row["rows_seen"] == 32 and row["seconds"] > 0 and row["peak_memory_mb"] > 0
+    if find_spec("onnx") and find_spec("onnxruntime"):
+        assert report["teacher_int8"]["metric"] > 0 and INT8_TEACHER in (tmp_path / "out" / "pruning.md").read_text()
+    else:
+        assert "pip install" in report["teacher_int8"]["missing"]
     assert report["teacher"]["macs"] == whole and report["teacher"]["pass_seconds"] > 0
     shown = (tmp_path / "out" / "pruning.md").read_text()
     assert shown in capsys.readouterr().out and "| obs * |" in shown and "| taylor |" in shown

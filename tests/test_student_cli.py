@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from run_helpers import checkpoint, raw_checkpoint, splits, texts
 from tiny_models import tiny
 
 from smbert._cli_students import _pool, add_parsers
+from smbert._report_tables import INT8_TEACHER
 from smbert.classical import load_student
 from smbert.cli import guarded
 from smbert.report import Report
@@ -142,11 +144,15 @@ def test_the_recipe(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     report = Report.read(out)
     rows = {row.name: row for row in report.rows}
+    int8 = [INT8_TEACHER] if find_spec("onnx") and find_spec("onnxruntime") else []
     assert set(rows) == {
         "teacher",
+        *int8,
         "majority class",
         *(f"{s}, {k}" for s in students for k in ("gold labels", "distilled")),
     }
+    for name in int8:
+        assert set(rows[name].latency_ms) == {"1xtext", "16xtext"} and rows[name].size_mb > 0
     nb, teacher = rows["multinomial_nb, distilled"], rows["teacher"]
     assert nb.params_total and set(nb.latency_ms) == {"1xtext", "16xtext"} and teacher.speedup["1xtext"] == 1.0
     assert nb.speedup["1xtext"] == pytest.approx(teacher.latency_ms["1xtext"]["p50"] / nb.latency_ms["1xtext"]["p50"])
