@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher-lr", type=float, default=5e-5, help="of a raw teacher (default: %(default)s)")
     add_data_flags(parser)
     parser.add_argument("--labels", type=int, help="keep so many training labels, the other rows are the pool")
+    parser.add_argument("--validation-samples", type=int, help="a fixed random subset of the validation rows")
     parser.add_argument("--unlabelled-file", help="texts without labels, for the pool")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="NAME")
     parser.add_argument(
@@ -84,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
     if args.train_file and args.label_names is None:
         args.label_names = label_names(teacher)
     task, data = data_of(args)
+    if args.validation_samples is not None and args.validation_samples < len(data["validation"]):
+        data["validation"] = data["validation"].shuffle(seed=0).select(range(args.validation_samples))
     quiet = args.disable_tqdm
 
     # 1. Labels.

@@ -36,7 +36,7 @@ from smbert.checkpoints import load_model  # noqa: E402
 from smbert.cli import guarded  # noqa: E402
 from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of  # noqa: E402
 from smbert.context import Context, TaskData  # noqa: E402
-from smbert.heads import with_head  # noqa: E402
+from smbert.heads import check_labels, is_finetuned, with_head  # noqa: E402
 from smbert.inputs import tokenised  # noqa: E402
 from smbert.measure import environment  # noqa: E402
 from smbert.pool import label_pool, read_pool  # noqa: E402
@@ -51,7 +51,11 @@ DOUBLED = "same shape, twice the labels"
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="raw checkpoint that is fine-tuned on the labels")
+    parser.add_argument(
+        "--teacher",
+        required=True,
+        help="raw checkpoint that is fine-tuned on the labels, or one that is fine-tuned already",
+    )
     parser.add_argument("--student", required=True, help="small checkpoint")
     parser.add_argument("--task", help="GLUE task")
     parser.add_argument("--data-dir", help="folder of the task's data (default: the Hub)")
@@ -144,8 +148,14 @@ def one_seed(
         models[name], record = runner.run(stage, with_head(load_model(checkpoint), task), context, folder)
         seconds[name] = record["seconds"]
 
-    tuning = Finetune(epochs=args.teacher_epochs, learning_rate=args.teacher_lr)
-    train_one(TEACHER, tuning, args.teacher, contexts[TEACHER], "00-teacher")
+    if is_finetuned(args.teacher):
+        models[TEACHER] = load_model(args.teacher)
+        check_labels(models[TEACHER], task)
+        if (note := "The teacher came fine-tuned, on labels that are not counted here.") not in report.notes:
+            report.notes.append(note)
+    else:
+        tuning = Finetune(epochs=args.teacher_epochs, learning_rate=args.teacher_lr)
+        train_one(TEACHER, tuning, args.teacher, contexts[TEACHER], "00-teacher")
 
     teacher, student = contexts[TEACHER], contexts[STUDENT]
     counts = label_pool(

@@ -164,6 +164,9 @@ def test_the_recipe(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert student.training["taught_by"] == kind
     assert load_student(out / "students" / "multinomial_nb-distilled").training["pool"] == 40
     assert (out / "report.md").is_file() and (out / "report.png").is_file()
+    fewer = [*argv, "--students", "multinomial_nb", "--no-int8-teacher", "--validation-samples", "8"]
+    assert recipe().main([*fewer, "--output", str(tmp_path / "fewer")]) == 0
+    assert set(Report.read(tmp_path / "fewer").rows[0].latency_ms) == {"1xtext", "8xtext"}
     argv[argv.index("24")] = "64"
     assert recipe().main([*argv, "--output", str(tmp_path / "none")]) == 2
     assert "`--labels`" in capsys.readouterr().err
