@@ -402,3 +402,19 @@ def test_glue_refuses_an_unknown_task(load, teacher, data_dir, recipe, tmp_path,
     command = ["--model", str(teacher), "--tasks", "nosuch", "--recipe", str(recipe), "--data-dir", str(data_dir)]
     assert load("glue").main([*command, "--output", str(tmp_path / "out")]) == 2
     assert "nosuch" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------------- pool
+
+
+def test_pool_labels_each_size_in_a_process_of_its_own(load, teacher, tmp_path, capsys):
+    pool = load("pool")
+    argv = ["--model", str(teacher), "--rows", "6,14", "--shard-rows", "5", "--output", str(tmp_path)]
+    assert pool.main(argv) == 0
+    rows = read(tmp_path / "pool.json")["rows"]
+    assert [(r["rows"], r["labelled"], r["shards"]) for r in rows] == [(6, 6, 2), (14, 14, 3)]
+    assert all(r["peak_memory_mb"] > 0 and r["written_mb"] > 0 for r in rows)
+    assert "| 14 | 3 | 14 |" in (tmp_path / "pool.md").read_text(encoding="utf-8")
+    argv[argv.index("6,14")] = "6,x"
+    capsys.readouterr()
+    assert pool.main(argv) == 2 and "`--rows`" in capsys.readouterr().err
