@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> None:
             str(args.words),
         ]
         command += ["--shard-rows", str(args.shard_rows), "--output", args.output]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:  # it said why
+            raise SystemExit(done.returncode)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         report = {
             "schema_version": 1, "command": shlex.join(["python", "benchmarks/pool.py", *sys.argv[1:]]),
@@ -85,7 +87,7 @@ def labelled(args: argparse.Namespace, rows: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     set_seed(0)
     teacher = with_head(load_model(args.model), TASK)
-    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalnum())
 
     def texts() -> Iterator[dict[str, str]]:
         draw = random.Random(0)

@@ -418,3 +418,6 @@ def test_pool_labels_each_size_in_a_process_of_its_own(load, teacher, tmp_path, 
     argv[argv.index("6,14")] = "6,x"
     capsys.readouterr()
     assert pool.main(argv) == 2 and "`--rows`" in capsys.readouterr().err
+    argv[1], argv[argv.index("6,x")] = str(tmp_path), "6"  # no checkpoint
+    with pytest.raises(SystemExit, match="2"):
+        pool.main(argv)
