@@ -26,7 +26,7 @@ from smbert.checkpoints import load_model
 from smbert.cli import guarded
 from smbert.context import Context, on_device
 from smbert.inputs import tokenised
-from smbert.measure import environment
+from smbert.measure import environment, machine_line
 from smbert.report import Report, Row
 from smbert.runner import Runner, write_json
 from smbert.stages import Finetune
@@ -119,7 +119,7 @@ def summary(report: Report) -> str:
         cells += [f"{difference:+.3f}", *(f"{seconds[p]:.1f}" for p in PRECISIONS)]
         cells.append(f"{seconds['fp32'] / seconds['bf16']:.2f}x" if seconds["bf16"] else "–")
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    machine = ", ".join(f"{key} {value}" for key, value in report.environment.items())
+    machine = machine_line(report.environment)
     return "\n".join([*lines, "", "Means over seeds ± sample standard deviation.", "", machine, ""])
 
 

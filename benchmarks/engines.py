@@ -35,7 +35,7 @@ from transformers import AutoConfig
 import smbert  # noqa: F401  registers the slim configs
 from smbert.cli import guarded
 from smbert.export import Gate, export
-from smbert.measure import environment
+from smbert.measure import environment, machine_line
 from smbert.tasks import Task, load_task
 
 # Static int8 has ranges from 256 training rows; int8 alone finds them as it goes.
@@ -245,7 +245,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    machine = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
+    machine = machine_line(report["environment"])
     return (
         f"# Engines\n\n```bash\n{report['command']}\n```\n\n{markdown_table(report['rows'])}\n\n"
         "ms per batch, median / 95th percentile; in brackets how many times faster than the first row. 1x128 is batch x length on random "

@@ -31,7 +31,7 @@ from smbert._report_tables import INT8_TEACHER, TEACHER
 from smbert.checkpoints import load_model
 from smbert.cli import guarded
 from smbert.context import device_of_run, on_device
-from smbert.measure import count_parameters, environment, latency, latency_on, macs, speedups
+from smbert.measure import count_parameters, environment, latency, latency_on, machine_line, macs, speedups
 from smbert.report import Report, Row
 from smbert.tasks import load_task, tokenize
 from smbert.teacher import DistillCollator
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     (out / "latency.md").write_text(markdown(report), encoding="utf-8")
     draw(report, out / "latency.png")
     rich.print(report.table())
-    print(", ".join(f"{key} {value}" for key, value in report.environment.items()))
+    print(machine_line(report.environment))
 
 
 def real_batches(args: argparse.Namespace, folders: dict[str, str], batch: int) -> dict[str, list[dict[str, Any]]]:
@@ -143,7 +143,7 @@ def markdown(report: Report) -> str:
         cells = [f"{r.latency_ms[s]['p50']:.1f} / {r.latency_ms[s]['p95']:.1f} ({r.speedup[s]:.2f}x)" for s in shapes]
         sizes = [f"{(n or 0) / 1e6:.2f} M" for n in (r.params_total, r.params_encoder)]
         lines.append(f"| {' | '.join([r.name, *sizes, *cells])} |")
-    machine = ", ".join(f"{key} {value}" for key, value in report.environment.items())
+    machine = machine_line(report.environment)
     return (
         "\n".join(lines)
         + "".join(f"\n\n{note}" for note in report.notes)

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, set_seed
 from smbert.checkpoints import load_model
 from smbert.cli import guarded
 from smbert.heads import with_head
-from smbert.measure import environment
+from smbert.measure import environment, machine_line
 from smbert.pool import label_pool
 from smbert.runner import write_json
 from smbert.tasks import Task
@@ -121,7 +121,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"Generated texts of a number and {report['words']} words, shards of {report['shard_rows']:,} rows, a process for each size. Peak "
         f"memory is the whole process; {first['start_mb']:,.0f} MB of it are there before the first row (interpreter, libraries, teacher).",
         "",
-        ", ".join(f"{key} {value}" for key, value in report["environment"].items()),
+        machine_line(report["environment"]),
         "",
     ]
     return "\n".join(lines)

@@ -38,7 +38,7 @@ from smbert.cli import guarded
 from smbert.context import Context, device_of_run, on_device
 from smbert.heads import check_labels, is_finetuned
 from smbert.inputs import tokenised
-from smbert.measure import count_parameters, environment, macs
+from smbert.measure import count_parameters, environment, machine_line, macs
 from smbert.runner import write_json
 from smbert.stages import Stage, WidthPruning
 from smbert.stages.retraining_free import RetrainingFreePruning
@@ -254,7 +254,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             f" ({100 * int8['metric'] / teacher['metric']:.1f} %)" if int8.get("metric") and teacher["metric"] else ""
         )
         lines += ["", int8.get("missing") or f"Beside all of them, the {INT8_TEACHER}: {int8['metric']:.3f}{share}."]
-    lines += ["", ", ".join(f"{key} {value}" for key, value in report["environment"].items())]
+    lines += ["", machine_line(report["environment"])]
     return "\n".join([*lines, "", "![retention against MACs](pruning.png)", ""])
 
 

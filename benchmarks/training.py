@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from training_epochs import Epochs
 
 from smbert.cli import guarded
-from smbert.measure import environment, supports_bf16
+from smbert.measure import environment, machine_line, supports_bf16
 from smbert.runner import write_json
 
 TIMED = {
@@ -151,7 +151,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["", "| | samples/s | peak memory (MB) |", "|---|---:|---:|"]
     lines += [f"| {r['name']} | {r['samples_per_second']:.1f} | {r['peak_memory_mb']:.0f} |" for r in report["rows"]]
     lines += ["", f"Teacher logits, once for all epochs: {report['teacher_logits_seconds']:.1f} s.", ""]
-    lines += [", ".join(f"{key} {value}" for key, value in report["environment"].items()), ""]
+    lines += [machine_line(report["environment"]), ""]
     return "\n".join(lines)
 
 

@@ -358,7 +358,7 @@ def run_bench(args: argparse.Namespace) -> None:
 
     from .checkpoints import load_model
     from .context import on_device
-    from .measure import count_parameters, environment, latency, speedups
+    from .measure import count_parameters, environment, latency, machine_line, speedups
 
     try:
         shapes = [(int(batch), int(seq)) for batch, seq in (s.split("x") for s in args.shapes.split(","))]
@@ -385,7 +385,7 @@ def run_bench(args: argparse.Namespace) -> None:
         )
     Console().print(table)
     about = environment(args.threads, dtype)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(machine_line(about))
 
 
 def run_inspect(args: argparse.Namespace) -> None:

@@ -185,6 +185,12 @@ def environment(threads: int | None = None, dtype: torch.dtype | None = None) ->
     return description if dtype is None else {**description, "dtype": str(dtype).removeprefix("torch.")}
 
 
+def machine_line(about: Mapping[str, Any]) -> str:
+    """What `environment` found as one line of text; what is not there is left out."""
+    told = {key: "+".join(value) if isinstance(value, list) else value for key, value in about.items()}
+    return ", ".join(f"{key} {value}" for key, value in told.items() if value not in (None, ""))
+
+
 def latency(
     models: Mapping[str, nn.Module],
     shapes: Sequence[tuple[int, int]] = ((1, 128), (32, 128)),

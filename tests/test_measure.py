@@ -22,6 +22,7 @@ from smbert.measure import (
     environment,
     latency,
     latency_on,
+    machine_line,
     macs,
     size_mb,
     speedups,
@@ -370,3 +371,11 @@ def test_interleaving_is_pairwise_fair() -> None:
     order = [call[0] for call in calls]
     follows = {pair: sum(p == pair for p in pairwise(order)) for pair in (("a", "b"), ("b", "a"))}
     assert abs(follows["a", "b"] - follows["b", "a"]) <= 1
+
+
+def test_the_machine_on_one_line() -> None:
+    assert (
+        machine_line({"cpu": "A", "isa": ["avx2", "fma"], "gpu": None, "threads": 2})
+        == "cpu A, isa avx2+fma, threads 2"
+    )
+    assert f"torch {torch.__version__}" in machine_line(environment())
