@@ -126,7 +126,7 @@ def one_seed(
     drawn = train.shuffle(seed=seed)
     labelled = drawn.select(range(args.labels))
     text = [*task.text_columns]
-    rest = pool if pool is not None else drawn.select(range(args.labels, len(drawn)))
+    rest = pool if pool is not None else drawn.select(list(range(args.labels, len(drawn))))  # an empty range fails
     if args.pool_samples is not None and args.pool_samples < len(rest):
         rest = rest.select(range(args.pool_samples))
     texts = concatenate_datasets([labelled.select_columns(text), rest.select_columns(text)])
