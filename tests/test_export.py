@@ -162,7 +162,9 @@ def test_int8_takes_the_products_and_the_embeddings(bert: Path, tmp_path: Path) 
     assert kinds.count("MatMulInteger") == 2 * 6 + 1 and "Gemm" not in kinds
     assert kinds.count("MatMul") == 2 * 2 + 1  # the two products of each attention, and the classifier
     types = {t.name: t.data_type for t in graphs["int8"].graph.initializer}
-    assert types["model.bert.embeddings.word_embeddings.weight_rows"] == onnx.TensorProto.INT8
+    for table in ("word_embeddings", "position_embeddings"):
+        assert types[f"model.bert.embeddings.{table}.weight_rows"] == onnx.TensorProto.INT8
+        assert f"model.bert.embeddings.{table}.weight" not in types
     assert "model.bert.embeddings.word_embeddings.weight" not in types
 
 

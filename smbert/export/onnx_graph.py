@@ -155,10 +155,15 @@ def products_by_layer(graph: onnx.ModelProto, model: PreTrainedModel) -> dict[in
     return layers
 
 
-def embedding_name(model: PreTrainedModel) -> str:
-    """The graph's name of the word embedding."""
-    table = model.get_input_embeddings().weight  # type: ignore[union-attr]
-    return "model." + next(name for name, p in model.named_parameters() if p is table)
+def embedding_tables(graph: onnx.ModelProto, model: PreTrainedModel) -> list[str]:
+    """The graph's names of the tables that rows are looked up in: words and positions, not the few of token types or distances."""
+    uses: dict[str, set[str]] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            uses.setdefault(name, set()).add(node.op_type)
+    words = model.get_input_embeddings()
+    tables = {f"model.{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    return [n for n, m in tables.items() if (m is words or m.num_embeddings > 32) and uses.get(n) == {"Gather"}]
 
 
 def quantise_rows(graph: onnx.ModelProto, names: Iterable[str]) -> None:

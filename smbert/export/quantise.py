@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..runtime import open_graph
-from .onnx_graph import embedding_name, products_by_layer, quantise_rows, quantise_weights, weight_products
+from .onnx_graph import embedding_tables, products_by_layer, quantise_rows, quantise_weights, weight_products
 
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "openvino": ("fp32", "bf16", "int8")}  # by engine
 METHODS = ("dynamic", "static")
@@ -214,7 +214,7 @@ def _int8(
             )
         graph = onnx.load(str(target))
     if embeddings:
-        quantise_rows(graph, [embedding_name(model)])
+        quantise_rows(graph, embedding_tables(graph, model))
     onnx.save(graph, str(target))
 
 
