@@ -51,7 +51,7 @@ def test_yaml_and_python_are_the_same_recipe(file: Path) -> None:
     recipe = Recipe.from_yaml(file)
     assert Recipe.named(file.stem) == recipe
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    assert recipe.name and len(recipe.stages) >= 2
+    assert recipe.name and recipe.stages
 
 
 @pytest.mark.parametrize("file", YAML, ids=lambda p: p.stem)
