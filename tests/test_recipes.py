@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,11 +55,12 @@ def test_yaml_and_python_are_the_same_recipe(file: Path) -> None:
     assert recipe.name and recipe.stages
 
 
-@pytest.mark.parametrize("file", YAML, ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", [p for p in YAML if p.stem != "vocabulary"], ids=lambda p: p.stem)
 @pytest.mark.parametrize("layers", [6, 12])
 def test_recipes_fit_the_depths_that_they_are_for(file: Path, layers: int, tmp_path: Path) -> None:
     model = tiny("bert", layers=layers, max_position_embeddings=132, hidden_size=48, num_attention_heads=12)
-    recipe = Recipe.from_yaml(file)
+    recipe = Recipe.from_yaml(file)  # the small tokenizer has no pieces that could go
+    recipe = replace(recipe, stages=tuple(s for s in recipe.stages if s.kind != "vocab_pruning"))
     context = tiny_context(tmp_path, teacher=freeze(model))
     after = recipe.check(Outline(structure_of(model)), context)
     kept = {6: {"smbert": 2, "demo": 2, "two_cores": 2}, 12: {"smbert": 3, "demo": 4, "two_cores": 3}}[layers]
