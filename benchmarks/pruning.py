@@ -100,13 +100,7 @@ def run(args: argparse.Namespace) -> None:
         "search_steps": args.search_steps,
     }
     baseline = once(out / "cells" / "teacher.json", identity, lambda: teacher_cell(model, context, args.samples))
-    int8 = (
-        None
-        if args.no_int8_teacher
-        else once(
-            out / "cells" / "teacher-int8.json", identity, lambda: int8_cell(model, context, out / "teacher-int8")
-        )
-    )
+    int8 = None if args.no_int8_teacher else teacher_in_int8(out, identity, model, context)
     rows: list[dict[str, Any]] = []
     for (name, speedup), stage in stages.items():
         file = out / "cells" / f"{name.replace(' ', '-')}-{speedup}.json"
@@ -177,10 +171,17 @@ def teacher_cell(model: PreTrainedModel, context: Context, samples: int) -> dict
     return {**scores(metrics), "pass_seconds": seconds, **sizes(model)}
 
 
-def int8_cell(model: PreTrainedModel, context: Context, folder: Path) -> dict[str, Any]:
-    """The metrics of the teacher in int8, or why there are none."""
-    served, notes = with_int8_teacher({TEACHER: model}, context.tokenizer, folder)
-    return scores(context.evaluate(served[INT8_TEACHER])) if INT8_TEACHER in served else {"missing": notes[0]}
+def teacher_in_int8(
+    out: Path, identity: Mapping[str, Any], model: PreTrainedModel, context: Context
+) -> dict[str, Any]:
+    """The metrics of the teacher in int8, or why there are none; only metrics are kept, so that a second run tries again."""
+    file = out / "cells" / "teacher-int8.json"
+    if file.is_file():
+        return once(file, identity, dict)
+    served, notes = with_int8_teacher({TEACHER: model}, context.tokenizer, out / "teacher-int8")
+    if INT8_TEACHER not in served:
+        return {"missing": notes[0]}
+    return once(file, identity, lambda: scores(context.evaluate(served[INT8_TEACHER])))
 
 
 def cell(stage: Stage, model: PreTrainedModel, context: Context) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from transformers import set_seed  # noqa: E402
 
 from smbert._int8_row import with_int8_teacher  # noqa: E402
 from smbert._report_tables import INT8_TEACHER, TEACHER  # noqa: E402
-from smbert._rows import read_files  # noqa: E402
+from smbert._rows import at_most, read_files  # noqa: E402
 from smbert.checkpoints import load_model  # noqa: E402
 from smbert.classical import STUDENTS, TeacherSource, distill_classical, longest_row, soft_label, texts_of  # noqa: E402
 from smbert.cli import add_data_flags, data_of, guarded, pairs  # noqa: E402
@@ -80,13 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     out, settings = Path(args.output), {"seed": args.seed, **pairs(args.changes, "--set")}
+    set_seed(args.seed)  # of a raw checkpoint's head
     teacher = load_model(args.model, trust_remote_code=args.trust_remote_code)
     tokenizer = as_tokenizer(args.model, args.tokenizer, args.trust_remote_code)
     if args.train_file and args.label_names is None:
         args.label_names = label_names(teacher)
     task, data = data_of(args)
-    if args.validation_samples is not None and args.validation_samples < len(data["validation"]):
-        data["validation"] = data["validation"].shuffle(seed=0).select(range(args.validation_samples))
+    data["validation"] = at_most(data["validation"], args.validation_samples, "--validation-samples")
     quiet = args.disable_tqdm
 
     # 1. Labels.
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
     # 2. The teacher, once.
     if not is_finetuned(args.model):
-        teacher = finetuned(args, tokenizer, task, labelled, data["validation"], longest_row(teacher, tokenizer))
+        teacher = finetuned(args, teacher, tokenizer, task, labelled, data["validation"])
     teacher = on_device(teacher)
     source = TeacherSource(teacher, tokenizer, task, out / "cache", args.max_length, bf16=args.bf16, disable_tqdm=quiet)
     taught = soft_label(labelled, source)
@@ -176,20 +176,18 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(report.notes) + f"\n\nreport  {out / 'report.md'}\nstudents  {out / 'students'}")
 
 
-def finetuned(args: argparse.Namespace, tokenizer: Any, task: Any, labelled: Any, validation: Any, longest: int) -> Any:
+def finetuned(args: argparse.Namespace, model: Any, tokenizer: Any, task: Any, labelled: Any, validation: Any) -> Any:
     """The raw checkpoint, fine-tuned on the labels that there are; found again by the same command."""
     splits = {"train": labelled, "validation": validation}
     context = Context(
         tokenizer=tokenizer,
-        data=tokenised(task, splits, tokenizer, args.max_length or longest),
+        data=tokenised(task, splits, tokenizer, args.max_length or longest_row(model, tokenizer)),
         cache_dir=Path(args.output) / "cache",
         args={"disable_tqdm": True} if args.disable_tqdm else {},
         seed=args.seed,
     )
-    set_seed(args.seed)  # of the new head
-    model = with_head(load_model(args.model, trust_remote_code=args.trust_remote_code), task)
     stage = Finetune(epochs=args.teacher_epochs, learning_rate=args.teacher_lr)
-    return Runner(args.output).run(stage, model, context, "00-teacher")[0]
+    return Runner(args.output).run(stage, with_head(model, task), context, "00-teacher")[0]
 
 
 def notes(report: Report, found: dict[str, Any], labelled: Any, pool: Any, majority: float) -> list[str]:

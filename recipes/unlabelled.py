@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, set_seed  # noqa: E402
 
 from smbert._int8_row import with_int8_teacher  # noqa: E402
 from smbert._report_tables import INT8_TEACHER  # noqa: E402
-from smbert._rows import read_files  # noqa: E402
+from smbert._rows import at_most, read_files  # noqa: E402
 from smbert.checkpoints import load_model  # noqa: E402
 from smbert.cli import guarded  # noqa: E402
 from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of  # noqa: E402
@@ -99,8 +99,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--labels must be from 1 to {len(train)}, the labelled rows, got {args.labels}. To resolve, lower it."
         )
-    if args.validation_samples is not None and args.validation_samples < len(validation):
-        validation = validation.shuffle(seed=0).select(range(args.validation_samples))
+    validation = at_most(validation, args.validation_samples, "--validation-samples")
     pool = prepare(task, {"unlabelled": read_files(args.pool)}, ("unlabelled",))["unlabelled"] if args.pool else None
     report = Report(command=shlex.join(["python", "recipes/unlabelled.py", *sys.argv[1:]]), environment=environment())
     for seed in [int(s) for s in args.seeds.split(",")]:

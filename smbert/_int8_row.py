@@ -66,7 +66,7 @@ def with_int8_teacher(
     Args:
         models: by the name of their row.
         tokenizer: of the teacher.
-        folder: where the export is kept; one of the same weights that is there already is used again.
+        folder: where the export is kept; one of the same weights and length that is there already is used again.
         max_length: most tokens of a row, for those who ask the folder and not the model; default: as many as the teacher takes.
         threads: CPU threads; default: torch's.
     """
@@ -99,7 +99,8 @@ def _exported(
     try:
         manifest = runtime.read_manifest(folder)
         runtime.verify_files(folder, manifest)
-        if manifest["parent"]["fingerprint"] == model_fingerprint(teacher):
+        as_long = max_length is None or manifest["max_length"] == max_length
+        if as_long and manifest["parent"]["fingerprint"] == model_fingerprint(teacher):
             return folder
     except (ValueError, KeyError):
         pass  # none, or a damaged one: it is made anew

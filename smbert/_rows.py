@@ -269,3 +269,14 @@ def class_index(names: Sequence[str]) -> Callable[[Any], int | None]:
         return int(value) if 0 <= int(value) < len(names) else None
 
     return index
+
+
+def at_most(rows: Dataset, count: int | None, name: str) -> Dataset:
+    """A random subset of `count` rows, the same in every run; all of them where there are no more or `count` is None.
+
+    Raises:
+        ValueError: `count`, which the user knows by `name`, is below 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {count}. To resolve, raise it or leave it out.")
+    return rows if count is None or count >= len(rows) else rows.shuffle(seed=0).select(range(count))

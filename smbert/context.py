@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
+from ._rows import at_most
 from .measure import max_positions
 from .surgery import structure_of
 from .tasks import Task
@@ -92,9 +93,7 @@ class Context:
         In fp32, so that a figure does not depend on the hardware.
         """
         data = self.data_for(task)
-        rows = data.validation
-        if limit is not None and limit < len(rows):
-            rows = rows.shuffle(seed=0).select(range(limit))
+        rows = at_most(data.validation, limit, "limit")
         labels = np.asarray(rows["labels"][:])
         logits = predict_logits(model, rows, self.collator, disable_tqdm=self.disable_tqdm)
         if self.compute_metrics is not None and data is self.data:

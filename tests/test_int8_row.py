@@ -115,6 +115,13 @@ def test_made_once_and_anew_where_it_is_damaged_or_another_teachers(
     assert sorted(p.name for p in tmp_path.iterdir() if "int8" in p.name) == ["teacher-int8"]
 
 
+def test_made_anew_for_another_length(context: Context, tmp_path: Path) -> None:
+    model = {"teacher": tiny("bert", **SIZES)}
+    for length in (16, 32):
+        with_int8_teacher(model, context.tokenizer, tmp_path / "int8", length)
+        assert json.loads((tmp_path / "int8" / "manifest.json").read_text(encoding="utf-8"))["max_length"] == length
+
+
 def test_without_onnxruntime_the_report_says_how_to_get_the_row(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

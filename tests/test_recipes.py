@@ -52,7 +52,7 @@ def test_yaml_and_python_are_the_same_recipe(file: Path) -> None:
     recipe = Recipe.from_yaml(file)
     assert Recipe.named(file.stem) == recipe
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    assert recipe.name and recipe.stages
+    assert recipe.name and len(recipe.stages) >= (1 if file.stem == "vocabulary" else 2)
 
 
 @pytest.mark.parametrize("file", [p for p in YAML if p.stem != "vocabulary"], ids=lambda p: p.stem)

@@ -167,6 +167,8 @@ def test_the_recipe(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     fewer = [*argv, "--students", "multinomial_nb", "--no-int8-teacher", "--validation-samples", "8"]
     assert recipe().main([*fewer, "--output", str(tmp_path / "fewer")]) == 0
     assert set(Report.read(tmp_path / "fewer").rows[0].latency_ms) == {"1xtext", "8xtext"}
+    assert recipe().main([*fewer[:-1], "0", "--output", str(tmp_path / "none")]) == 2
+    assert "`--validation-samples`" in capsys.readouterr().err
     argv[argv.index("24")] = "64"
     assert recipe().main([*argv, "--output", str(tmp_path / "none")]) == 2
     assert "`--labels`" in capsys.readouterr().err
@@ -176,17 +178,8 @@ def test_the_recipe_finetunes_a_raw_teacher_on_the_labels_that_there_are(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = raw_checkpoint(tmp_path / "raw")
-    argv = [
-        "--model",
-        str(raw),
-        *data_flags(place),
-        "--labels",
-        "24",
-        "--students",
-        "multinomial_nb",
-        "--set",
-        "folds=0",
-    ]
+    argv = ["--model", str(raw), *data_flags(place), "--labels", "24", "--students", "multinomial_nb"]
+    argv += ["--set", "folds=0"]
     argv += ["--teacher-epochs", "1", "--timing-seconds", "0.05", "--disable-tqdm", "--output", str(tmp_path / "out")]
     assert recipe().main(argv) == 0, capsys.readouterr().err
     stage = json.loads((tmp_path / "out" / "00-teacher" / "stage.json").read_text(encoding="utf-8"))

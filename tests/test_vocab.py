@@ -28,6 +28,7 @@ from smbert.stages import DepthReduction, Distill, Outline
 from smbert.stages.vocab import VocabPruning
 from smbert.surgery import PruningPlan, keep_units, load_model, save_model, structure_of
 from smbert.tasks import Task, prepare
+from smbert.teacher import freeze
 from smbert.vocab import choose_pieces, count_pieces, kept_ids, prune_tokenizer, segmentation_change
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -407,6 +408,14 @@ def test_a_long_corpus_is_counted_slice_by_slice(run: Context, tmp_path: Path, m
     counts = VocabPruning(corpus=str(file))._counts(run, len(run.tokenizer))
     assert sizes == [1000, 1000, 500]
     assert np.array_equal(counts, np.bincount(ids, minlength=len(run.tokenizer)))
+
+
+@pytest.mark.parametrize("name", ["service", "vocabulary"])
+def test_shipped_recipes_fit_a_tokenizer_that_can_lose_pieces(run: Context, name: str) -> None:
+    model = model_for(run) if name == "vocabulary" else tiny("bert", layers=6, vocab_size=len(run.tokenizer))
+    context = replace(run, teacher=freeze(model))
+    after = Recipe.named(name).check(Outline(structure_of(model)), context)
+    assert not after.outer_known and len(after.structure.layer_widths) == 2
 
 
 def test_runs_that_cannot_be_pruned(run: Context, context: Context) -> None:
