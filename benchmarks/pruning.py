@@ -6,9 +6,11 @@ WHY without retraining: training hides what pruning has broken, and here nothing
 random training rows; magnitude sees none, and only taylor, fisher and torch-pruning (Taylor and Hessian) see their labels. Every
 method may remove whole sub-layers.
 
- 1. Once: the teacher's metric, and the time of one forward and backward pass over the rows, the unit of all pruning times.
- 2. Per method and budget (a cell): prune, and score the whole validation split. Cells of obs share one database of sizes; its time
-    stands beside that of the cell that built it.
+ 1. Once: the teacher's metric, and the time of one forward and backward pass over the rows, the unit of all pruning times (512 rows
+    are timed).
+ 2. Per method and budget (a cell): prune, and evaluate on the whole validation split. What does not depend on the budget is made once:
+    the cells of a scorer share its scores, whose seconds are part of each, and those of obs share one database of sizes, whose
+    seconds stand beside those of the cell that built it.
 
 Each cell is skipped when it is done already: kill it at any time and run the same command again.
 """
@@ -23,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -33,21 +35,24 @@ from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from smbert._int8_row import with_int8_teacher
 from smbert._report_tables import INT8_TEACHER, TEACHER
 from smbert._sample_losses import label_losses
+from smbert.allocate import plan_for
 from smbert.checkpoints import load_model
 from smbert.cli import guarded
 from smbert.context import Context, device_of_run, on_device
 from smbert.heads import check_labels, is_finetuned
+from smbert.importance import Scores
 from smbert.inputs import tokenised
 from smbert.measure import count_parameters, environment, machine_line, macs
 from smbert.runner import write_json
 from smbert.stages import Stage, WidthPruning
 from smbert.stages.retraining_free import RetrainingFreePruning
-from smbert.surgery import structure_of
+from smbert.surgery import keep_units, structure_of
 from smbert.tasks import load_task
 from smbert.teacher import dataset_fingerprint, model_fingerprint
 
 SCORERS = ("magnitude", "taylor", "taylor_kl", "torch_pruning", "torch_pruning_hessian", "fisher")
 METHODS = {"mask search": "fisher", "k-prune": "kprune", "obs": "obs"}
+PASS_ROWS = 512  # are timed for the unit of all pruning times
 LABELLED = ("taylor", "torch_pruning", "torch_pruning_hessian", "fisher")
 
 
@@ -102,9 +107,10 @@ def run(args: argparse.Namespace) -> None:
     baseline = once(out / "cells" / "teacher.json", identity, lambda: teacher_cell(model, context, args.samples))
     int8 = None if args.no_int8_teacher else teacher_in_int8(out, identity, model, context)
     rows: list[dict[str, Any]] = []
+    known: dict[str, Scored] = {}
     for (name, speedup), stage in stages.items():
         file = out / "cells" / f"{name.replace(' ', '-')}-{speedup}.json"
-        rows.append(once(file, identity, lambda stage=stage: cell(stage, model, context)))  # type: ignore[misc]
+        rows.append(once(file, identity, lambda stage=stage: cell(stage, model, context, known)))  # type: ignore[misc]
         rows[-1].update(name=name, budget=float(speedup))
         rows[-1]["retention"] = rows[-1]["metric"] / baseline["metric"] if baseline["metric"] else None
         report = {
@@ -156,9 +162,10 @@ def once(file: Path, identity: Mapping[str, Any], make: Any) -> dict[str, Any]:
 
 
 def teacher_cell(model: PreTrainedModel, context: Context, samples: int) -> dict[str, Any]:
-    """The teacher's metrics, and the seconds of one forward and backward pass over the rows, in fp32."""
+    """The teacher's metrics, and the seconds of one forward and backward pass over so many rows in fp32, told by a part of them."""
     metrics = context.evaluate(model)
-    rows = context.data.train.shuffle(seed=context.seed).select(range(min(samples, len(context.data.train))))
+    samples = min(samples, len(context.data.train))
+    rows = context.data.train.shuffle(seed=context.seed).select(range(min(samples, PASS_ROWS)))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     batches = [context.collator([rows[i] for i in order[at : at + 32]]) for at in range(0, len(order), 32)]
     start = time.perf_counter()
@@ -166,14 +173,12 @@ def teacher_cell(model: PreTrainedModel, context: Context, samples: int) -> dict
         inputs = {key: value.to(device_of_run()) for key, value in batch.items()}
         labels = {"labels": inputs.pop("labels")}
         label_losses("teacher", model, inputs, labels).sum().backward()
-    seconds = time.perf_counter() - start
+    seconds = (time.perf_counter() - start) * samples / len(rows)
     model.zero_grad(set_to_none=True)
     return {**scores(metrics), "pass_seconds": seconds, **sizes(model)}
 
 
-def teacher_in_int8(
-    out: Path, identity: Mapping[str, Any], model: PreTrainedModel, context: Context
-) -> dict[str, Any]:
+def teacher_in_int8(out: Path, identity: Mapping[str, Any], model: PreTrainedModel, context: Context) -> dict[str, Any]:
     """The metrics of the teacher in int8, or why there are none; only metrics are kept, so that a second run tries again."""
     file = out / "cells" / "teacher-int8.json"
     if file.is_file():
@@ -184,19 +189,35 @@ def teacher_in_int8(
     return once(file, identity, lambda: scores(context.evaluate(served[INT8_TEACHER])))
 
 
-def cell(stage: Stage, model: PreTrainedModel, context: Context) -> dict[str, Any]:
-    """One method at one budget."""
+class Scored(NamedTuple):
+    """Scores of a scorer, and what they took."""
+
+    scores: Scores
+    seconds: float
+    memory_mb: float
+
+
+def cell(stage: Stage, model: PreTrainedModel, context: Context, known: dict[str, Scored]) -> dict[str, Any]:
+    """One method at one budget; `known` is given the scores that it makes."""
     set_seed(context.seed)
     peak_memory_mb()
     start = time.perf_counter()
-    pruned, info = stage.run(model, context, context.cache_dir)
-    seconds, memory = time.perf_counter() - start, peak_memory_mb()
+    if isinstance(stage, WidthPruning):
+        if stage.scorer not in known:
+            scored = stage.scores(model, context)
+            known[stage.scorer] = Scored(scored, time.perf_counter() - start, peak_memory_mb())
+        own, start = known[stage.scorer], time.perf_counter()
+        pruned = keep_units(model, plan_for(model, own.scores, stage.budget))
+        rows_seen = 0 if stage.scorer == "magnitude" else min(stage.samples, len(context.data.train))
+        seconds, memory, told = time.perf_counter() - start + own.seconds, max(own.memory_mb, peak_memory_mb()), {}
+    else:
+        pruned, info = stage.run(model, context, context.cache_dir)
+        seconds, memory, rows_seen = time.perf_counter() - start, peak_memory_mb(), info["sampled_rows"]
+        told = {key: info[key] for key in ("database_seconds", "calibration_loss") if key in info}
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    told = {key: info[key] for key in ("database_seconds", "calibration_loss") if key in info}
-    seen = info.get("sampled_rows", info.get("scored_rows", 0))
     return {
-        **scores(context.evaluate(pruned)), **sizes(pruned), "seconds": seconds, "rows_seen": seen, "peak_memory_mb": memory, **told
+        **scores(context.evaluate(pruned)), **sizes(pruned), "seconds": seconds, "rows_seen": rows_seen, "peak_memory_mb": memory, **told
     }  # fmt: skip
 
 

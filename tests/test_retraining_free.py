@@ -67,7 +67,7 @@ def test_the_better_of_both_fits_stays(context, tmp_path):
     model = tiny("bert")
     pruned, info = pruned_by(model, context, tmp_path, macs="60%")
     losses = info["calibration_loss"]
-    assert set(losses) == {"pruned", "fitted"} and info["evaluations"] > 8
+    assert set(losses) == {"pruned", "fitted"} and info["evaluations"] > 2
     plain, other = pruned_by(model, context, tmp_path, macs="60%", fit_damping=None)
     same = all(torch.equal(a, b) for a, b in zip(pruned.state_dict().values(), plain.state_dict().values()))
     assert same == (losses["fitted"] > losses["pruned"]) and set(other["calibration_loss"]) == {"pruned"}
@@ -79,7 +79,8 @@ def test_rows_that_judge_are_not_those_that_are_fitted(context, tmp_path, monkey
 
     def spy(name, original):
         def spied(model, batches, *args):
-            seen[name] = [tuple(row[row > 0].tolist()) for batch in batches for row in batch["input_ids"]]
+            own = [tuple(row[row > 0].tolist()) for batch in batches for row in batch["input_ids"]]
+            seen[name] = max(seen.get(name, []), own, key=len)  # a coarse loss judges a part of these rows
             return original(model, batches, *args)
 
         return spied

@@ -29,6 +29,7 @@ def prune_by_obs(
     table: CostTable,
     budget: float,
     loss: CalibrationLoss,
+    coarse: CalibrationLoss,
     *,
     steps: int = 30,
     seed: int = 0,
@@ -44,6 +45,7 @@ def prune_by_obs(
         table: costs of the database's sizes.
         budget: in the table's unit.
         loss: the calibration loss on other rows, by which the search judges sizes.
+        coarse: the same on fewer rows, which tells what each sub-layer alone does.
         steps: of the search.
         seed: of the search.
         damping: of the last fit from bottom to top; None leaves that out.
@@ -55,26 +57,28 @@ def prune_by_obs(
     copy, dim = working_copy(model), structure_of(model).head_dim
     present = list(structure_of(model).layer_widths)
 
-    def measured(widths: Widths) -> float:
+    def pruned_to(widths: Widths) -> PreTrainedModel:
         for number, (sublayer, old, new) in enumerate(zip(database.sublayers, _flat(present), _flat(widths))):
             if old != new:
                 database.apply_one(copy, model, sublayer, new, dim)
                 pair = list(present[number // 2])
                 pair[number % 2] = new
                 present[number // 2] = (pair[0], pair[1])
-        return loss(copy)
+        return keep_units(copy, database.plan(widths))
 
     options = options_of([(s.sizes, s.errors) for s in database.sublayers], table)
-    found = find_sizes(options, table, budget, measured, steps=steps, seed=seed)
-    database.apply(copy, model, found.widths)
-    pruned = keep_units(copy, database.plan(found.widths))
+    found = find_sizes(
+        options, table, budget, lambda widths: loss(pruned_to(widths)), lambda widths: coarse(pruned_to(widths)),
+        steps=steps, seed=seed,
+    )  # fmt: skip
+    pruned = pruned_to(found.widths)
     info: dict[str, Any] = {
         "evaluations": found.evaluations,
         "cost": found.cost,
         "calibration_loss": {"pruned": found.loss},
     }
     if damping is not None:
-        fitted = keep_units(copy, database.plan(found.widths))
+        fitted = pruned_to(found.widths)
         fit_to_original(model, fitted, calls, damping, reduce)
         info["calibration_loss"]["fitted"] = after = loss(fitted)
         logger.info("calibration loss %.5f after the fit from bottom to top", after)

@@ -54,7 +54,7 @@ class Found:
         widths: (heads, neurons) of each layer.
         cost: as the table says.
         loss: on the calibration sample; None where nothing was measured.
-        evaluations: how often the loss was measured.
+        evaluations: how many sizes the loss was measured for, beside those that tell what each sub-layer alone does.
         coefficients: of each sub-layer.
     """
 
@@ -145,6 +145,7 @@ def find_sizes(
     table: CostTable,
     budget: float,
     loss: Loss | None = None,
+    coarse: Loss | None = None,
     *,
     steps: int = 30,
     seed: int = 0,
@@ -156,6 +157,7 @@ def find_sizes(
         table: with the same costs; its fixed part counts.
         budget: in the table's unit.
         loss: calibration loss of a model of given widths; None: coefficients of one, and no search.
+        coarse: a cheaper one, which says what each sub-layer alone does; None: `loss`.
         steps: sizes that the search tries beside the measurement of each sub-layer alone; 0: only the latter.
         seed: of the search.
 
@@ -182,7 +184,8 @@ def find_sizes(
 
     # Not everywhere is a sub-layer's own effect what counts once others are pruned too, hence the plain start beside it.
     best = min(
-        (attempt(start) for start in (_sensitivities(options, measured), [1.0] * count)), key=lambda found: found[0]
+        (attempt(start) for start in (_sensitivities(options, coarse or loss), [1.0] * count)),
+        key=lambda found: found[0],
     )
     logger.info("calibration loss %.5f before the search", best[0])
     rng, tried = np.random.default_rng(seed), 0
@@ -216,10 +219,10 @@ def check_reachable(options: Sequence[Options], table: CostTable, budget: float)
         )
 
 
-def _sensitivities(options: Sequence[Options], measured: Callable[[Sequence[int]], float]) -> list[float]:
+def _sensitivities(options: Sequence[Options], loss: Loss) -> list[float]:
     """For each sub-layer, the loss that pruning it alone to about half causes, per unit of its error there."""
     full = [option.sizes[-1] for option in options]
-    base = measured(full)
+    base = loss(_pairs(full))
     factors = []
     for number, option in enumerate(options):
         half = min(range(len(option.sizes)), key=lambda i: abs(2 * option.sizes[i] - full[number]))
@@ -227,7 +230,7 @@ def _sensitivities(options: Sequence[Options], measured: Callable[[Sequence[int]
             factors.append(0.0)
             continue
         sizes = [*full[:number], option.sizes[half], *full[number + 1 :]]
-        factors.append(max(measured(sizes) - base, 0.0) / option.errors[half])
+        factors.append(max(loss(_pairs(sizes)) - base, 0.0) / option.errors[half])
     # One effect beyond all bounds would make every other count for nothing.
     most = max((factor for factor in factors if math.isfinite(factor)), default=1.0)
     factors = [factor if math.isfinite(factor) else 10 * most for factor in factors]

@@ -203,13 +203,16 @@ class RetrainingFreePruning(Stage):
         judged = min(self.calibration, max(1, len(rows) // 2))
         few, rest = rows.select(range(judged)), rows.select(range(judged, len(rows)))
         calls = record(model, batches_of_rank(rest, context, self.batch_size))
-        loss = CalibrationLoss(
-            model, batches_of_rank(few, context, self.batch_size), self._autocast(context), sum_over_ranks
+        loss, coarse = (
+            CalibrationLoss(
+                model, batches_of_rank(r, context, self.batch_size), self._autocast(context), sum_over_ranks
+            )
+            for r in (few, few.select(range((judged + 1) // 2)))
         )
         database = self._database(model, calls, rest, context)
         made = time.perf_counter()
         pruned, info = prune_by_obs(
-            model, calls, database, table, limit, loss,
+            model, calls, database, table, limit, loss, coarse,
             steps=self.search_steps, seed=context.seed, damping=self.fit_damping, reduce=sum_over_ranks,
         )  # fmt: skip
         told = {"sampled_tokens": database.about["tokens"], "database_seconds": round(made - start, 1)}

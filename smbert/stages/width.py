@@ -15,7 +15,7 @@ from .._costs import costs_of
 from .._sizes import Size, parse, round_up
 from ..allocate import Budget, plan_for
 from ..context import Context, device_of_run, on_device
-from ..importance import SCORERS, score, sum_over_ranks
+from ..importance import SCORERS, Scores, score, sum_over_ranks
 from ..measure import count_parameters
 from ..surgery import Structure, keep_units, structure_of
 from ..trainer import training_attention
@@ -73,14 +73,15 @@ class WidthPruning(Stage):
         for name in ("samples", "batch_size", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}. To resolve, correct it.")
-        Budget(**self._limits())
+        _ = self.budget  # its checks
 
-    def _limits(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(Budget)}
+    @property
+    def budget(self) -> Budget:
+        return Budget(**{f.name: getattr(self, f.name) for f in fields(Budget)})
 
     def outline(self, before: Outline, context: Context) -> Outline:
         known_task(self.task, context)
-        budget = Budget(**self._limits())
+        budget = self.budget
         widths = budget.widths_within(before.structure.layer_widths)
         if context.teacher is not None and before.heads_known and before.outer_known:
             _check_reachable(budget, before.structure, context.teacher)
@@ -101,23 +102,21 @@ class WidthPruning(Stage):
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         start = time.perf_counter()
-        data = context.data_for(self.task)
-        rows = data.train.shuffle(seed=context.seed).select(range(min(self.samples, len(data.train))))
-        device = device_of_run()
-        batches = [{k: v.to(device) for k, v in b.items()} for b in batches_of_rank(rows, context, self.batch_size)]
         original = model = on_device(model)
         for step in range(1, self.iterations + 1):
-            with training_attention(model):
-                scores = score(
-                    model,
-                    batches,
-                    self.scorer,
-                    autocast=torch.bfloat16 if context.bf16 else None,
-                    reduce=sum_over_ranks,
-                )
-            budget = Budget(**self._limits()).between(original, step / self.iterations)
-            model = keep_units(model, plan_for(model, scores, budget))
-        return model, {"scored_rows": len(rows), "pruning_seconds": round(time.perf_counter() - start, 1)}
+            budget = self.budget.between(original, step / self.iterations)
+            model = keep_units(model, plan_for(model, self.scores(model, context), budget))
+        rows = min(self.samples, len(context.data_for(self.task).train))
+        return model, {"scored_rows": rows, "pruning_seconds": round(time.perf_counter() - start, 1)}
+
+    def scores(self, model: PreTrainedModel, context: Context) -> Scores:
+        """Scores of all heads and neurons, which depend on scorer and rows and not on any budget."""
+        data, device = context.data_for(self.task), device_of_run()
+        rows = data.train.shuffle(seed=context.seed).select(range(min(self.samples, len(data.train))))
+        batches = [{k: v.to(device) for k, v in b.items()} for b in batches_of_rank(rows, context, self.batch_size)]
+        autocast = torch.bfloat16 if context.bf16 else None
+        with training_attention(model):
+            return score(model, batches, self.scorer, autocast=autocast, reduce=sum_over_ranks)
 
 
 def _check_reachable(budget: Budget, structure: Structure, teacher: PreTrainedModel) -> None:
