@@ -11,9 +11,9 @@ WHY the same steps: a member of the family has been recovered once for each spee
 trains for as long; the small checkpoint for as long as the last member. All start from, or learn from, one teacher and see the same
 rows. WHY in turns: a speed-up is the teacher's time over the model's in one process, all models of a cell one after the other.
 
- 1. Once: the largest shape of each kind that reaches each speed-up on this machine (shapes.json).
- 2. Per task and seed: the teacher.
- 3. Per task, seed and speed-up (a cell): every method's model, scored on the validation split and timed.
+ 1. Per task and seed: the teacher.
+ 2. Per task, seed and speed-up (a cell): every method's model, evaluated on the validation split and timed. A method that needs a shape
+    takes the largest of its kind that reaches the speed-up on this machine, which is measured once (shapes.json).
 
 Each stage and each cell is skipped when it is done already: kill it at any time and run the same command again. Methods, tasks and
 seeds may be added by a second command with the same --output; the report holds every cell that is there.
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from frontier_methods import FIXED, SIZED, Bench, Skipped, shapes_for
+from frontier_methods import FIXED, SIZED, Bench, Shapes, Skipped
 from frontier_peers import absent
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer, set_seed
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     data = {name: load_task(name, args.data_dir) for name in args.tasks.split(",")}  # all, before any work
     same_settings(out / "settings.json", settings)
-    shapes = shapes_for(encoder, speedups, out / "shapes.json")
+    shapes = Shapes(encoder, out / "shapes.json")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     for seed in (int(s) for s in args.seeds.split(",")):
         for name, (task, splits) in data.items():

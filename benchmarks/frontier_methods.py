@@ -60,7 +60,7 @@ class Bench:
         recipe: of the family.
         paper: the SmBERT chain.
         speedups: ascending.
-        shapes: kind of shape -> speed-up -> `Sizes`, or None where nothing reaches it.
+        shapes: of the checkpoint, for methods that are timed at a uniform shape.
         small: folder or id of a ready small checkpoint.
         peer_python: interpreter of TextPruner's environment.
     """
@@ -72,7 +72,7 @@ class Bench:
     recipe: Recipe
     paper: Recipe
     speedups: Sequence[float]
-    shapes: Mapping[str, Mapping[float, Sizes | None]]
+    shapes: Shapes
     small: str | None = None
     peer_python: str | None = None
 
@@ -88,7 +88,7 @@ class Bench:
 
     def sizes(self, kind: str, speedup: float) -> Sizes:
         """Raises Skipped where no shape of this kind reaches the speed-up."""
-        found = self.shapes[kind][speedup]
+        found = self.shapes.largest(kind, speedup)
         if found is None:
             raise Skipped(f"no shape ({SHAPES_OF[kind]}) reaches {speedup:g}x on this machine")
         return found
@@ -126,43 +126,46 @@ def with_steps(recipe: Recipe, total: int, rows: int) -> Recipe:
 SHAPES_OF = {"uniform": "of any depth and width", "depth": "of whole layers", "width": "of all layers, narrower"}
 
 
-def shapes_for(model: PreTrainedModel, speedups: Sequence[float], file: Path) -> dict[str, dict[float, Sizes | None]]:
-    """For each kind of shape and speed-up the largest that reaches it in a batch of 32 x 128, measured once and kept in `file`."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    structure = structure_of(model)
-    layers, (heads, ffn) = structure.num_layers, map(min, zip(*structure.layer_widths))
-    options = {
-        "uniform": candidates(model),
-        "depth": [Sizes(n, heads, ffn) for n in range(layers - 1, 0, -1)],
-        "width": [Sizes(layers, h, max(8, round(ffn * h / heads / 8) * 8)) for h in range(heads - 1, 0, -1)],
-    }
-    reached: dict[Sizes, float] = {}
-    shape = (32, int(min(128, max_positions(model))))
+class Shapes:
+    """For each kind of shape and speed-up the largest that reaches it in a batch of 32 x 128: measured when first asked for, kept in `file`."""
 
-    def reaches(sizes: Sizes) -> float:
-        if sizes not in reached:
-            timed = latency(
-                {"teacher": model, "candidate": cut_to(model, sizes)}, [shape], warmup=3, min_runs=15, min_seconds=2.0, disable_tqdm=True
-            )  # fmt: skip
-            base, own = (next(iter(timed[name].values()))["p50"] for name in ("teacher", "candidate"))
-            reached[sizes] = base / own
-        return reached[sizes]
+    def __init__(self, model: PreTrainedModel, file: Path):
+        self.model, self.file = model, file
+        self.reached: dict[Sizes, float] = {}
 
-    for kind, sizes in options.items():
-        for speedup in speedups:
-            if f"{speedup:g}" in known.setdefault(kind, {}):
-                continue
+    def largest(self, kind: str, speedup: float) -> Sizes | None:
+        """None where nothing of this kind reaches the speed-up."""
+        known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+        if f"{speedup:g}" not in known.setdefault(kind, {}):
+            sizes = self._of(kind)
             low, high = 0, len(sizes)  # by falling size; the first that is fast enough
             while low < high:
                 middle = (low + high) // 2
-                low, high = (low, middle) if reaches(sizes[middle]) >= speedup else (middle + 1, high)
+                low, high = (low, middle) if self._speedup(sizes[middle]) >= speedup else (middle + 1, high)
             known[kind][f"{speedup:g}"] = asdict(sizes[low]) if low < len(sizes) else None
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, known)
-    return {
-        kind: {s: Sizes(**known[kind][f"{s:g}"]) if known[kind][f"{s:g}"] else None for s in speedups}
-        for kind in options
-    }
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, known)
+        found = known[kind][f"{speedup:g}"]
+        return Sizes(**found) if found else None
+
+    def _of(self, kind: str) -> list[Sizes]:
+        structure = structure_of(self.model)
+        layers, (heads, ffn) = structure.num_layers, map(min, zip(*structure.layer_widths))
+        if kind == "uniform":
+            return candidates(self.model)
+        if kind == "depth":
+            return [Sizes(n, heads, ffn) for n in range(layers - 1, 0, -1)]
+        return [Sizes(layers, h, max(8, round(ffn * h / heads / 8) * 8)) for h in range(heads - 1, 0, -1)]
+
+    def _speedup(self, sizes: Sizes) -> float:
+        if sizes not in self.reached:
+            timed = latency(
+                {"teacher": self.model, "candidate": cut_to(self.model, sizes)},
+                [(32, int(min(128, max_positions(self.model))))], warmup=1, min_runs=15, min_seconds=2.0, disable_tqdm=True,
+            )  # fmt: skip
+            base, own = (next(iter(timed[name].values()))["p50"] for name in ("teacher", "candidate"))
+            self.reached[sizes] = base / own
+        return self.reached[sizes]
 
 
 # ------------------------------------------------------------------------------------------------------------------ methods

@@ -266,15 +266,17 @@ def test_shapes_are_the_largest_that_are_fast_enough_and_are_measured_once(
 ) -> None:
     methods, model = module("frontier_methods"), tiny("bert")
     monkeypatch.setattr(methods, "latency", by_macs)
-    found = methods.shapes_for(model, [2.0, 4.0, 9.0], tmp_path / "shapes.json")
-    assert found["depth"] == {2.0: Sizes(2, 4, 64), 4.0: Sizes(1, 4, 64), 9.0: None}
-    assert found["width"][2.0] == Sizes(4, 2, 32) and found["width"][9.0] is None
+    shapes = methods.Shapes(model, tmp_path / "shapes.json")
+    assert [shapes.largest("depth", s) for s in (2.0, 4.0, 9.0)] == [Sizes(2, 4, 64), Sizes(1, 4, 64), None]
+    assert [shapes.largest("width", s) for s in (2.0, 9.0)] == [Sizes(4, 2, 32), None]
     whole, cut = macs(model), methods.cut_to
-    for speedup in (2.0, 4.0):
-        assert macs(cut(model, found["uniform"][speedup])) <= whole / speedup
-    assert macs(cut(model, found["uniform"][2.0])) == whole / 2
+    uniform = {speedup: shapes.largest("uniform", speedup) for speedup in (2.0, 4.0)}
+    assert all(macs(cut(model, sizes)) <= whole / speedup for speedup, sizes in uniform.items())
+    assert macs(cut(model, uniform[2.0])) == whole / 2
     monkeypatch.setattr(methods, "latency", None)
-    assert methods.shapes_for(model, [2.0, 4.0, 9.0], tmp_path / "shapes.json") == found
+    again = methods.Shapes(model, tmp_path / "shapes.json")
+    assert {speedup: again.largest("uniform", speedup) for speedup in uniform} == uniform
+    assert again.largest("depth", 9.0) is None
 
 
 # --------------------------------------------------------------------------------------------------------------------- peers
@@ -295,7 +297,8 @@ def test_a_peer_that_is_not_there_or_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"textpruner is not installed. To resolve, .*--peer-python"):
         peers.run_peer("textpruner", None, tmp_path / "out")
     methods, context = module("frontier_methods"), replace(tiny_context(tmp_path), teacher=tiny("bert"))
-    shapes = {"width": {2.0: Sizes(4, 2, 32)}}
+    (tmp_path / "shapes.json").write_text('{"width": {"2": {"layers": 4, "heads": 2, "ffn": 32}}}')
+    shapes = methods.Shapes(tiny("bert"), tmp_path / "shapes.json")
     bench = methods.Bench(tmp_path, tiny("bert"), context, splits(), Recipe(()), Recipe(()), [2.0], shapes)
     with pytest.raises(ValueError, match="--peer-python"):  # a result that is there no longer
         methods.textpruner(bench, 2.0)

@@ -60,7 +60,11 @@ def test_every_method_within_every_budget_and_resumed(pruning, command, tmp_path
     for row in report["rows"]:
         assert row["macs"] <= whole / row["budget"]
         assert row["retention"] == pytest.approx(row["metric"] / report["teacher"]["metric"])
-        assert row["rows_seen"] == (0 if row["name"] == "magnitude" else 32) and row["seconds"] > 0 and row["peak_memory_mb"] > 0
+        assert (
+            row["rows_seen"] == (0 if row["name"] == "magnitude" else 32)
+            and row["seconds"] > 0
+            and row["peak_memory_mb"] > 0
+        )
     if find_spec("onnx") and find_spec("onnxruntime"):
         assert report["teacher_int8"]["metric"] > 0 and INT8_TEACHER in (tmp_path / "out" / "pruning.md").read_text()
     else:
