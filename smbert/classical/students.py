@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.special import softmax
+from sklearn import config_context
 from sklearn.pipeline import Pipeline
 
 from .features import count_vectorizers, unknown_texts
@@ -160,8 +162,20 @@ class ClassicalStudent(Student):
         self.pipeline = pipeline
 
     def scores(self, texts: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-        matrix = self.pipeline[0].transform(texts)
-        return scores(self.pipeline[1], matrix, len(self.label_names)), unknown_texts(self.pipeline[0], matrix)
+        # Of a single text, scikit-learn's checks and its copies of the weights would take longer than all the rest.
+        with config_context(assume_finite=True, skip_parameter_validation=True):
+            matrix = self.pipeline[0].transform(texts)
+            if self._linear is None:
+                found = scores(self.pipeline[1], matrix, len(self.label_names))
+            else:
+                found = matrix @ self._linear[0] + self._linear[1]
+        return found, unknown_texts(self.pipeline[0], matrix)
+
+    @cached_property
+    def _linear(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(features, classes) weights, row by row in memory, and (classes,) intercepts before calibration; None for trees."""
+        found = linear_weights(self.pipeline[1], len(self.label_names))
+        return None if found is None else (np.ascontiguousarray(found[0].T), found[1])
 
     def features(self, texts: Any) -> Any:
         """(texts, features) sparse: what the estimator sees."""
@@ -172,8 +186,8 @@ class ClassicalStudent(Student):
 
         softmax(features @ weights.T + intercepts) is `predict_proba`.
         """
-        found = linear_weights(self.pipeline[1], len(self.label_names))
-        return None if found is None else (found[0] / self.temperature, found[1] / self.temperature)
+        found = self._linear
+        return None if found is None else (found[0].T / self.temperature, found[1] / self.temperature)
 
     def feature_names(self) -> np.ndarray | None:
         """(features,) n-grams; None where they are hashed."""
