@@ -1,4 +1,4 @@
-"""What each process of tests/test_distributed.py runs: compress() with all four kinds of stages. Arguments: MODEL OUT."""
+"""What each process of tests/test_distributed.py runs: compress() with stages that train, and pruning without. Arguments: MODEL OUT."""
 
 from __future__ import annotations
 
@@ -7,14 +7,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from run_helpers import FAST, QUIET, splits, tiny_recipe
+from run_helpers import FAST, QUIET, splits, tiny_context, tiny_recipe
+from tiny_models import tiny
 from transformers import AutoModelForSequenceClassification
 
 import smbert
 from smbert.processes import process_state
+from smbert.stages.retraining_free import METHODS
+from smbert.surgery import structure_of
 from smbert.teacher import model_fingerprint
 from smbert.trainer import SmbertTrainer
+
+
+def pruned_without_retraining(folder: Path) -> dict[str, Any]:
+    """Fingerprint, widths, and answers to two rows, of a tiny model pruned by each method."""
+    context, model = tiny_context(folder), tiny("bert")
+    two = {k: v for k, v in context.collator([context.data.validation[i] for i in (0, 1)]).items() if k != "labels"}
+    found: dict[str, Any] = {}
+    for method in METHODS:
+        stage = smbert.RetrainingFreePruning(
+            method=method, macs="50%", samples=32, calibration=8, batch_size=4, search_steps=4
+        )
+        pruned, _ = stage.run(model, context, folder)
+        with torch.no_grad():
+            answers = pruned.eval()(**two).logits.tolist()
+        found[method] = [model_fingerprint(pruned), [list(pair) for pair in structure_of(pruned).layer_widths], answers]
+    return found
 
 
 def main(model: str, out: str) -> None:
@@ -22,6 +42,7 @@ def main(model: str, out: str) -> None:
     assert state.num_processes == 2 and dist.get_world_size() == 2 and dist.get_backend() == "gloo"
     sys.modules["smbert.compress"].SHAPES = ((1, 16),)  # type: ignore[attr-defined]
     data = splits()
+    untrained = pruned_without_retraining(Path(f"{out}-pruned"))
     # Neither head nor last layer gets a gradient from the queries, keys and values of the last layer.
     relation = smbert.compress(
         model, [smbert.Distill(objectives=({"kind": "relation"},), **FAST)], train_dataset=data["train"], eval_dataset=data["validation"],
@@ -74,6 +95,7 @@ def main(model: str, out: str) -> None:
         "plans": plans,
         "trained": trained,
         "batches": batches,
+        "retraining_free": untrained,
     }
     (Path(out) / f"rank{state.process_index}.json").write_text(json.dumps(about))
     state.wait_for_everyone()

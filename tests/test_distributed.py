@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from distributed_run import pruned_without_retraining
 from run_helpers import raw_checkpoint, same_weights, stage_folders, tiny_context, tiny_recipe
 from transformers import AutoModelForSequenceClassification
 
@@ -90,3 +92,13 @@ def test_the_plan_is_that_of_one_process(out: Path, tmp_path: Path) -> None:
     context = tiny_context(tmp_path, seed=42, teacher=teacher)
     run_recipe(replace(tiny_recipe(), stages=tiny_recipe().stages[2:3]), student, context, Runner(tmp_path))
     assert same_weights(tmp_path / "01-width_pruning", out / "03-width_pruning")
+
+
+def test_pruning_without_retraining_is_that_of_one_process(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Moments, Fisher information and losses are sums over the ranks, each of which has seen half of the rows."""
+    one, two = (rank["retraining_free"] for rank in ranks)
+    assert one == two
+    alone = pruned_without_retraining(tmp_path)
+    for method, (_, widths, answers) in one.items():
+        assert widths == alone[method][1], method
+        torch.testing.assert_close(torch.tensor(answers), torch.tensor(alone[method][2]), rtol=1e-3, atol=1e-4)
