@@ -3,13 +3,15 @@
     python benchmarks/frontier.py --model DIR_OR_ID --tasks mrpc,rte --data-dir DIR --speedups 2,4,6,10,15 --seeds 0 \
         --small-model DIR_OR_ID --peer-python textpruner-env/bin/python --output DIR
 
-Methods: smbert (the family of `smbert compress --speedups`), paper-recipe (the SmBERT chain), theseus (module replacing alone),
-truncated (the same shape fine-tuned on labels), small and small-taught (a ready small checkpoint, fine-tuned, or taught by the task's
-teacher), textbrewer (GeneralDistiller), textpruner. A peer whose package is not there is left out, and the report says so.
+Methods: smbert (the family of `smbert compress --speedups`), smbert-small (likewise, from a ready small checkpoint that the teacher has
+taught), paper-recipe (the SmBERT chain), theseus (module replacing alone), truncated (the same shape fine-tuned on labels), small and
+small-taught (a ready small checkpoint, fine-tuned, or taught by the task's teacher), textbrewer (GeneralDistiller), textpruner. A peer
+whose package is not there is left out, and the report says so.
 
 WHY the same steps: a member of the family has been recovered once for each speed-up up to its own, and whatever it is compared with
-trains for as long; the small checkpoint for as long as the last member. All start from, or learn from, one teacher and see the same
-rows. WHY in turns: a speed-up is the teacher's time over the model's in one process, all models of a cell one after the other.
+trains for as long; the small checkpoint for as long as the last member, and its own family is recovered in addition. All start from, or
+learn from, one teacher and see the same rows. WHY in turns: a speed-up is the teacher's time over the model's in one process, all
+models of a cell one after the other.
 
  1. Per task and seed: the teacher.
  2. Per task, seed and speed-up (a cell): every method's model, evaluated on the validation split and timed. A method that needs a shape
@@ -31,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from frontier_methods import FIXED, SIZED, Bench, Shapes, Skipped
+from frontier_methods import FIXED, OF_SMALL, SIZED, Bench, Shapes, Skipped
 from frontier_peers import absent
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer, set_seed
@@ -138,7 +140,7 @@ def asked_methods(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         raise ValueError(f"`--methods` must be among {', '.join(METHODS)}, got {unknown}. To resolve, correct it.")
     reasons = {}
     if args.small_model is None:
-        reasons |= dict.fromkeys(FIXED, "no small checkpoint was named. To resolve, pass --small-model.")
+        reasons |= dict.fromkeys(OF_SMALL, "no small checkpoint was named. To resolve, pass --small-model.")
     for name, python in (("textbrewer", sys.executable), ("textpruner", args.peer_python)):
         if name in asked and (reason := absent(name, python)):
             reasons[name] = reason

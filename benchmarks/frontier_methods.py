@@ -159,13 +159,16 @@ class Shapes:
 
     def _speedup(self, sizes: Sizes) -> float:
         if sizes not in self.reached:
-            timed = latency(
-                {"teacher": self.model, "candidate": cut_to(self.model, sizes)},
-                [(32, int(min(128, max_positions(self.model))))], warmup=1, min_runs=15, min_seconds=2.0, disable_tqdm=True,
-            )  # fmt: skip
-            base, own = (next(iter(timed[name].values()))["p50"] for name in ("teacher", "candidate"))
-            self.reached[sizes] = base / own
+            self.reached[sizes] = speedup_of({"teacher": self.model, "candidate": cut_to(self.model, sizes)}, warmup=1)
         return self.reached[sizes]
+
+
+def speedup_of(models: Mapping[str, PreTrainedModel], warmup: int) -> float:
+    """How much faster the second model is, in a batch of 32 x 128."""
+    shape = (32, int(min(128, *map(max_positions, models.values()))))
+    timed = latency(models, [shape], warmup=warmup, min_runs=15, min_seconds=2.0, disable_tqdm=True)
+    base, own = (next(iter(timed[name].values()))["p50"] for name in models)
+    return base / own
 
 
 # ------------------------------------------------------------------------------------------------------------------ methods
@@ -173,23 +176,46 @@ class Shapes:
 
 def smbert(bench: Bench, speedup: float) -> Made:
     """The family, which is made as a whole."""
-    folder = bench.folder / "family"
-    place = folder / f"{speedup:g}x" / "model"
+    place = {s: f"{s:g}x" for s in bench.speedups}
+    return member(bench, bench.folder / "00-teacher", "family", bench.speedups, place[speedup])
+
+
+def smbert_small(bench: Bench, speedup: float) -> Made:
+    """The family of the small checkpoint, after the teacher has taught it: pruned by what it lacks to each speed-up."""
+    taught, name = small_taught(bench, bench.speedups[-1]), Path(bench.small or "").name
+    file = bench.folder / f"{name}-speedup.json"
+    if not file.is_file():
+        models = {"teacher": bench.teacher, "small": taught.model}
+        write_json(file, {"speedup": speedup_of(models, warmup=3)})
+    own = json.loads(file.read_text(encoding="utf-8"))["speedup"]
+    if speedup < 1.1 * own:
+        raise Skipped(f"{name} is {own:.1f} times as fast as the teacher without pruning")
+    factors = {s: round(s / own, 2) for s in bench.speedups if s >= 1.1 * own}
+    made = member(
+        bench, bench.folder / f"{name}-taught" / "01-training", f"{name}-family", list(factors.values()), f"{factors[speedup]:g}x"
+    )  # fmt: skip
+    return replace(made, seconds=made.seconds + taught.seconds, context=taught.context)
+
+
+def member(bench: Bench, start: Path, name: str, speedups: Sequence[float], wanted: str) -> Made:
+    """One member of the family that is made, as a whole, from a fine-tuned folder."""
+    folder = bench.folder / name
+    place = folder / wanted / "model"
     if not place.is_dir():
         try:
             compress_family(
-                bench.folder / "00-teacher", bench.speedups, bench.recipe, output_dir=folder, task=bench.context.data.task,
-                train_dataset=bench.texts["train"], eval_dataset=bench.texts["validation"], args=bench.context.args,
-                seed=bench.context.seed, int8_teacher=False, command="benchmarks/frontier.py",
+                start, speedups, bench.recipe, output_dir=folder, task=bench.context.data.task, train_dataset=bench.texts["train"],
+                eval_dataset=bench.texts["validation"], args=bench.context.args, seed=bench.context.seed, int8_teacher=False,
+                command="benchmarks/frontier.py",
             )  # fmt: skip
         except BudgetOutOfReach as error:
             if not place.is_dir():  # members before the one that is out of reach are there
                 raise Skipped(str(error)) from error
+    before = [f"{s:g}x" for s in speedups]
     records = [
         json.loads(file.read_text(encoding="utf-8"))
-        for earlier in bench.speedups
-        if earlier <= speedup
-        for file in (folder / f"{earlier:g}x").glob("[0-9]*/stage.json")
+        for earlier in before[: before.index(wanted) + 1]
+        for file in (folder / earlier).glob("[0-9]*/stage.json")
     ]
     return Made(load_model(place), sum(record["seconds"] for record in records))
 
@@ -272,6 +298,7 @@ def small_taught(bench: Bench, speedup: float) -> Made:
 Method = Callable[[Bench, float], Made]
 SIZED: dict[str, Method] = {
     "smbert": smbert,
+    "smbert-small": smbert_small,
     "paper-recipe": paper_recipe,
     "theseus": theseus,
     "truncated": truncated,
@@ -280,6 +307,7 @@ SIZED: dict[str, Method] = {
 }
 # One model each, whatever the speed-ups; they train as long as the last member of the family.
 FIXED: dict[str, Method] = {"small": small, "small-taught": small_taught}
+OF_SMALL = (*FIXED, "smbert-small")  # need a small checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------------ training
