@@ -1,7 +1,8 @@
 """TextPruner, in an environment of its own, for benchmarks/frontier.py.
 
     python3.11 -m venv textpruner-env
-    textpruner-env/bin/pip install "transformers==4.40.2" "textpruner==1.1.post2" torch safetensors "numpy<2"
+    textpruner-env/bin/pip install "transformers==4.40.2" "torch<2.14" safetensors "numpy<2"
+    textpruner-env/bin/pip install --no-deps "textpruner==1.1.post2"   # it asks for a numpy without wheels for this Python
     textpruner-env/bin/python benchmarks/peers/textpruner.py --teacher DIR --heads 8 --ffn 1024 --train rows.jsonl --validation rows.jsonl --output DIR
 
 WHY an environment: it prunes heads through `prune_heads`, which transformers 5 has removed. WHY a state dict: the configuration that it
