@@ -141,6 +141,15 @@ def test_smaller_precisions(setting: dict[str, Any], share: float, worst: float,
     assert small.manifest["setting"]["precision"] == setting["precision"]
 
 
+def test_a_model_without_any_heads(tmp_path: Path) -> None:
+    """Nothing in its graph depends on the mask."""
+    plan = PruningPlan(heads=((), ()), ffn=((1, 2, 3), (4,)))
+    folder = checkpoint(tmp_path / "model", keep_units(tiny("bert", layers=2), plan))
+    texts = sentences(5, seed=3)
+    found = Classifier(export(folder, tmp_path / "out").folder).logits(texts)
+    assert np.abs(found - torch_logits(folder, texts)).max() < 1e-5
+
+
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_int8_of_layers_without_units(family: str, tmp_path: Path, tokenizer) -> None:
     folder = checkpoint(tmp_path / "model", keep_units(tiny(family, layers=3), UNEVEN), tokenizer)

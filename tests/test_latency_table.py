@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_models import tiny
 import smbert.retraining_free.latency_table as module
 from smbert.modeling import FAMILIES
 from smbert.retraining_free.latency_table import Conditions, latency_table, machine
+from smbert.retraining_free.served import with_small_vocabulary
 from smbert.stages.retraining_free import RetrainingFreePruning
 from smbert.surgery import PruningPlan, keep_units, structure_of
 
@@ -25,7 +27,7 @@ def no_engine(monkeypatch):
     def refuse(*args):
         raise AssertionError("measured again")
 
-    return lambda: monkeypatch.setitem(module.ENGINES, "torch", refuse)
+    return lambda: monkeypatch.setattr(module, "_measured", refuse)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,7 +49,7 @@ def test_the_sum_is_the_whole_model(tmp_path, monkeypatch):
         with torch.no_grad():
             for name, one in models.items():
                 one(**batches[name][0])
-        return {name: {"sizes": {"p50": times[name]}} for name in models}
+        return {name: {"ms": {"p50": times[name]}} for name in models}
 
     monkeypatch.setattr(module, "latency_on", timed)
     model = tiny("bert", layers=2)
@@ -86,7 +88,7 @@ def altered(file, **changes):
     ("changes", "told"),
     [
         ({"machine": {**machine(), "cpu": "Z80"}}, r"another machine \(cpu Z80 and not .*force_table"),
-        ({"engine": "onnxruntime"}, r"another engine \(onnxruntime and not torch\).*force_table"),
+        ({"engine": "onnx"}, r"another engine \(onnx and not torch\).*force_table"),
     ],
 )
 def test_tables_of_other_machines_and_engines_are_refused_unless_forced(table_file, no_engine, changes, told):
@@ -135,6 +137,53 @@ def test_bad_conditions(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_table_behind_onnx_runtime(family, tmp_path, monkeypatch):
+    """Every size is a model of one layer, and each graph answers as its model does."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    seen = {}
+
+    def timed(models, batches, **options):
+        seen.update({name: one(**batches[0]) for name, one in models.items()})
+        return {name: {"ms": {"p50": 1.0 + number}} for number, name in enumerate(models)}
+
+    model = tiny(family, layers=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "latency_on", timed)
+        latency_table(model, (2, 4), (32, 64), replace(SMALL, engine="onnx"), tmp_path / "known")
+    assert sorted(seen) == ["0 0", "0 2", "0 4", "1 0", "1 32", "1 64", "empty", "whole"]
+    few = with_small_vocabulary(model)
+    inputs = module._inputs(few, SMALL)
+    with torch.no_grad():
+        torch.testing.assert_close(seen["whole"], few(**inputs).logits, rtol=1e-4, atol=1e-5)
+        for name, cut, _ in module._cut(few, ([0, 2, 4], [0, 32, 64])):
+            torch.testing.assert_close(seen[name], cut(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(seen["0 2"], seen["0 4"]) and not torch.allclose(seen["1 32"], seen["1 64"])
+    table = latency_table(model, (2, 4), (32, 64), replace(SMALL, engine="onnx"), tmp_path, **QUICK)
+    assert table.fixed > 0 and min([*table.heads.values(), *table.ffn.values()]) >= 0
+
+
+def test_the_stage_asks_the_engine(context, tmp_path):
+    pytest.importorskip("onnxruntime")
+    options = {"samples": 64, "calibration": 16, "search_steps": 0, "ffn_levels": 4, "shape": "2x16", "threads": 1}
+    stage = RetrainingFreePruning(latency_ms=1e6, engine="onnx", **options)
+    pruned, info = stage.run(tiny("bert", layers=2), context, tmp_path)
+    assert info["latency_ms"]["measured"] > 0 and structure_of(pruned).num_layers == 2
+    (file,) = context.cache_dir.glob("latency-*.json")
+    assert json.loads(file.read_text())["engine"] == "onnx"
+
+
+def test_engines_that_cannot_time(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"`engine` must be one of torch, onnx, openvino, got 'tensorrt'.*To resolve"):
+        Conditions(engine="tensorrt")
+    with pytest.raises(ValueError, match=r"`engine` must be torch for a model without a task head.*To resolve"):
+        latency_table(tiny("bert", head="encoder", layers=2), (2,), (32,), replace(SMALL, engine="onnx"), tmp_path)
+    monkeypatch.setattr(module.check_engine.__globals__["importlib"].util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"`engine` onnx needs onnx. To resolve, pip install smbert\[onnx\]"):
+        RetrainingFreePruning(speedup=2, engine="onnx")
+
+
 def test_uneven_models_have_tables_too(tmp_path):
     model = tiny("mpnet", layers=2)
     plan = PruningPlan(heads=((1, 2, 3), ()), ffn=((), tuple(range(40))))
@@ -151,7 +200,7 @@ def test_the_stage_prunes_to_a_time(context, tmp_path, monkeypatch):
         assert (conditions.batch, conditions.length, conditions.threads) == (2, 16, 1)
         return module.CostTable("latency_ms", 4.0, {n: float(n) for n in heads}, {n: n / 8 for n in ffn})
 
-    monkeypatch.setitem(module.ENGINES, "torch", engine)
+    monkeypatch.setattr(module, "_measured", engine)
     options = {"samples": 64, "calibration": 16, "search_steps": 2, "ffn_levels": 4, "shape": "2x16", "threads": 1}
     model = tiny("bert")
     for budget, limit in (({"speedup": 2}, 26.0), ({"latency_ms": 12.0}, 12.0)):
@@ -175,7 +224,7 @@ def test_timed_and_left_with_the_models_own_attention(context, tmp_path, monkeyp
     def timed(models, batches, **options):
         seen.extend(one.config._attn_implementation for one in models.values() if hasattr(one, "config"))
         ms = {"whole": 20.0, "empty": 2.0}
-        return {name: {"sizes": {"p50": ms.get(name) or 1 + float(name.split()[1])}} for name in models}
+        return {name: {"ms": {"p50": ms.get(name) or 1 + float(name.split()[1])}} for name in models}
 
     monkeypatch.setattr(module, "latency_on", timed)
     monkeypatch.setattr(RetrainingFreePruning, "_measured", lambda *_: {})

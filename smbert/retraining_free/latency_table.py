@@ -1,7 +1,7 @@
 """How many milliseconds a sub-layer of each size takes on this machine, and so a whole model that was never built.
 
-All sizes are timed in turns, as layers of their own fed with a real layer's inputs, together with the whole model and with one that
-has no units left. A model's predicted latency is that of the empty model plus that of its sub-layers, scaled so that the whole
+All sizes are timed in turns, in torch as layers of their own fed with a real layer's inputs, behind an engine as models of one layer,
+together with the whole model and with one that has no units left. A model's predicted latency is that of the empty model plus that of its sub-layers, scaled so that the whole
 model's is met exactly.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..modeling import encoder_layers
 from ..processes import process_state
 from ..surgery import PruningPlan, keep_layers, keep_units, structure_of
 from .cost_table import CostTable
+from .served import check_engine, served, with_small_vocabulary
 from .stream import record
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Conditions:
     Attributes:
         batch, length: sequences and tokens of each, without padding.
         threads: of the CPU; None: as many as torch uses now.
-        engine: entry of `ENGINES`.
+        engine: that runs the models: torch, onnx (ONNX Runtime) or openvino, in fp32.
     """
 
     batch: int = 32
@@ -49,10 +50,7 @@ class Conditions:
     engine: str = "torch"
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ValueError(
-                f"`engine` must be one of {', '.join(ENGINES)}, got {self.engine!r}. To resolve, choose one."
-            )
+        check_engine(self.engine)
         for name in ("batch", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}. To resolve, correct it.")
@@ -97,7 +95,7 @@ def latency_table(
         path = path / f"latency-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.json"
     try:
         if process_state().is_main_process and not path.exists():
-            costs = ENGINES[conditions.engine](model, sizes["heads"], sizes["ffn"], conditions, min_runs, min_seconds)
+            costs = _measured(model, sizes["heads"], sizes["ffn"], conditions, min_runs, min_seconds)
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {"schema_version": SCHEMA_VERSION, **about, "costs": asdict(costs)}
             write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -171,52 +169,40 @@ def _changes(old: Any, new: Any) -> list[str]:
     return [f"{key} {old.get(key)} and not {new.get(key)}" for key in new if old.get(key) != new.get(key)]
 
 
-# ------------------------------------------------------------------------------------------------------------------ engines
+# ---------------------------------------------------------------------------------------------------------------- measuring
 
 
-class _Alone(nn.Module):
-    """One layer with all its arguments but the hidden states."""
+def whole_models_ms(
+    models: Mapping[str, PreTrainedModel], conditions: Conditions, *, warmup: int = 3, min_runs: int, min_seconds: float
+) -> dict[str, float]:
+    """Median milliseconds of models, timed in turns."""
+    inputs = _inputs(next(iter(models.values())), conditions)
+    with served(models, conditions.engine, conditions.threads) as modules:
+        timed = latency_on(
+            modules, [inputs], label="ms", warmup=warmup, min_runs=min_runs, min_seconds=min_seconds, threads=conditions.threads,
+            disable_tqdm=True,
+        )  # fmt: skip
+    return {name: figures["ms"]["p50"] for name, figures in timed.items()}
 
-    def __init__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        super().__init__()
-        self.layer, self.arguments = layer, (args, kwargs)
 
-    def forward(self, hidden_states: Tensor) -> Any:
-        args, kwargs = self.arguments
-        return self.layer(hidden_states, *args, **kwargs)
+def _inputs(model: PreTrainedModel, conditions: Conditions) -> dict[str, Tensor]:
+    """Random tokens (batch, length) without padding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (conditions.batch, conditions.length), generator=generator)
+    return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
 
 
-def _with_torch(
+def _measured(
     model: PreTrainedModel, heads: list[int], ffn: list[int], conditions: Conditions, min_runs: int, min_seconds: float
 ) -> CostTable:
-    """Times in torch, fp32, all sizes in turns."""
+    """All sizes in turns."""
     if conditions.length > (most := max_positions(model)):
         raise ValueError(
             f"`length` must be at most {most}, the positions of this model, got {conditions.length}. To resolve, lower it."
         )
     widths = structure_of(model).layer_widths
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (conditions.batch, conditions.length), generator=generator)
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
-    calls = record(model, [inputs])
-    widest = [max(range(len(widths)), key=lambda layer, kind=kind: widths[layer][kind]) for kind in range(2)]  # type: ignore[misc]
-    models: dict[str, nn.Module] = {"whole": model, "empty": keep_units(model, _first(widths, [(0, 0)] * len(widths)))}
-    batches: dict[str, list[dict[str, Tensor]]] = {"whole": [inputs], "empty": [inputs]}
-    for kind, sizes in enumerate((heads, ffn)):
-        # A family may need its first layer to be there.
-        few = keep_layers(model, sorted({0, widest[kind]}))
-        kept = structure_of(few).layer_widths
-        for size in sizes:
-            pair = (0, size) if kind else (size, 0)
-            plan = _first(kept, [*kept[:-1], pair])
-            layer = encoder_layers(keep_units(few, plan))[-1]
-            models[f"{kind} {size}"] = _Alone(layer, *calls.arguments[0][widest[kind]])
-            batches[f"{kind} {size}"] = [{"hidden_states": calls.states[0]}]
-    timed = latency_on(
-        models, batches, label="sizes", warmup=2, min_runs=min_runs, min_seconds=min_seconds / len(models),
-        threads=conditions.threads, disable_tqdm=True,
-    )  # fmt: skip
-    ms = {name: figures["sizes"]["p50"] for name, figures in timed.items()}
+    time = _layers_in_torch if conditions.engine == "torch" else _models_behind_engine
+    ms = time(model, (heads, ffn), conditions, min_runs, min_seconds)
     tables = [
         {size: max(0.0, ms[f"{kind} {size}"] - ms[f"{kind} 0"]) for size in sizes}
         for kind, sizes in enumerate((heads, ffn))
@@ -233,11 +219,72 @@ def _with_torch(
     return CostTable("latency_ms", fixed, *({size: scale * t for size, t in table.items()} for table in tables))
 
 
+Sizes = tuple[list[int], list[int]]  # of heads, of neurons
+
+
+def _layers_in_torch(
+    model: PreTrainedModel, sizes: Sizes, conditions: Conditions, min_runs: int, min_seconds: float
+) -> dict[str, float]:
+    """Median milliseconds of "whole", "empty", and of a layer alone of each size: "0 8" for eight heads, "1 512" for neurons."""
+    inputs = _inputs(model, conditions)
+    calls, widest = record(model, [inputs]), _widest(model)
+    models: dict[str, nn.Module] = {"whole": model, "empty": _emptied(model)}
+    batches: dict[str, list[dict[str, Tensor]]] = {"whole": [inputs], "empty": [inputs]}
+    for name, cut, kind in _cut(model, sizes):
+        models[name] = _Alone(encoder_layers(cut)[-1], *calls.arguments[0][widest[kind]])
+        batches[name] = [{"hidden_states": calls.states[0]}]
+    timed = latency_on(
+        models, batches, label="ms", warmup=2, min_runs=min_runs, min_seconds=min_seconds / len(models),
+        threads=conditions.threads, disable_tqdm=True,
+    )  # fmt: skip
+    return {name: figures["ms"]["p50"] for name, figures in timed.items()}
+
+
+def _models_behind_engine(
+    model: PreTrainedModel, sizes: Sizes, conditions: Conditions, min_runs: int, min_seconds: float
+) -> dict[str, float]:
+    """Likewise, where a layer comes as a model of its own, since an engine runs nothing less."""
+    few = with_small_vocabulary(model)
+    models = {"whole": few, "empty": _emptied(few), **{name: cut for name, cut, _ in _cut(few, sizes)}}
+    return whole_models_ms(models, conditions, warmup=2, min_runs=min_runs, min_seconds=min_seconds / len(models))
+
+
+def _cut(model: PreTrainedModel, sizes: Sizes) -> Iterator[tuple[str, PreTrainedModel, int]]:
+    """For each size its name, a model whose last layer has it and nothing else, and its kind: 0 for heads, 1 for neurons."""
+    widest = _widest(model)
+    for kind, own in enumerate(sizes):
+        # A family may need its first layer to be there.
+        few = keep_layers(model, sorted({0, widest[kind]}))
+        kept = structure_of(few).layer_widths
+        for size in own:
+            last = (0, size) if kind else (size, 0)
+            yield f"{kind} {size}", keep_units(few, _first(kept, [*[(0, 0)] * (len(kept) - 1), last])), kind
+
+
+def _widest(model: PreTrainedModel) -> list[int]:
+    """The layers with most heads and with most neurons."""
+    widths = structure_of(model).layer_widths
+    return [max(range(len(widths)), key=lambda layer, kind=kind: widths[layer][kind]) for kind in range(2)]  # type: ignore[misc]
+
+
+def _emptied(model: PreTrainedModel) -> PreTrainedModel:
+    widths = structure_of(model).layer_widths
+    return keep_units(model, _first(widths, [(0, 0)] * len(widths)))
+
+
 def _first(widths: Any, sizes: Any) -> PruningPlan:
     """A plan that keeps the first units of each layer: for timing, not for answering."""
     pairs = [(min(h, size[0]), min(f, size[1])) for (h, f), size in zip(widths, sizes, strict=True)]
     return PruningPlan(tuple(tuple(range(h)) for h, _ in pairs), tuple(tuple(range(f)) for _, f in pairs))
 
 
-Engine = Callable[[PreTrainedModel, list[int], list[int], Conditions, int, float], CostTable]
-ENGINES: dict[str, Engine] = {"torch": _with_torch}
+class _Alone(nn.Module):
+    """One layer with all its arguments but the hidden states."""
+
+    def __init__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        super().__init__()
+        self.layer, self.arguments = layer, (args, kwargs)
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        args, kwargs = self.arguments
+        return self.layer(hidden_states, *args, **kwargs)

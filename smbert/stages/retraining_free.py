@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from .._sizes import Size, parse
 from ..context import Context, on_device
 from ..importance import sum_over_ranks
-from ..measure import latency, max_positions
+from ..measure import max_positions
 from ..processes import process_state
 from ..retraining_free.calibration import CalibrationLoss
 from ..retraining_free.cost_table import CostTable, counted_costs
 from ..retraining_free.database import FILE, Database, Settings, build_database, check_vacant
 from ..retraining_free.kprune import check_linear, prune_by_knowledge
-from ..retraining_free.latency_table import Conditions, latency_table, read_table
+from ..retraining_free.latency_table import Conditions, latency_table, read_table, whole_models_ms
 from ..retraining_free.masksearch import prune_by_fisher
 from ..retraining_free.obs import prune_by_obs
 from ..retraining_free.search import check_reachable, options_of
@@ -69,6 +69,7 @@ class RetrainingFreePruning(Stage):
         latency_table: file of the latency table, by default in the run's cache.
         force_table: use a table that was measured on another machine or with another engine.
         threads: CPU threads for which time is measured; by default those in use.
+        engine: that time is measured with: torch, onnx (ONNX Runtime) or openvino, in fp32.
         task: an intermediate task's name whose rows are looked at.
     """
 
@@ -91,6 +92,7 @@ class RetrainingFreePruning(Stage):
     latency_table: str | None = None
     force_table: bool = False
     threads: int | None = None
+    engine: str = "torch"
     task: str | None = None
 
     def __post_init__(self) -> None:
@@ -141,7 +143,7 @@ class RetrainingFreePruning(Stage):
         batch, _, length = self.shape.partition("x")
         if not (batch.isdigit() and length.isdigit()):
             raise ValueError(f'`shape` must look like "32x128", got {self.shape!r}. To resolve, correct it.')
-        return Conditions(int(batch), int(length), self.threads)
+        return Conditions(int(batch), int(length), self.threads, self.engine)
 
     @property
     def timed(self) -> bool:
@@ -290,15 +292,11 @@ class RetrainingFreePruning(Stage):
 
     def _measured(self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable) -> dict[str, float]:
         """Predicted and measured milliseconds of the result, with what came in timed in the same turns."""
-        conditions = self._conditions()
-        timed = latency(
-            {"before": model, "after": pruned}, [(conditions.batch, conditions.length)],
-            warmup=3, min_runs=20, min_seconds=10, threads=conditions.threads, disable_tqdm=True,
-        )  # fmt: skip
-        before, after = (timed[name][self.shape]["p50"] for name in ("before", "after"))
+        models = {"before": model, "after": pruned}
+        ms = whole_models_ms(models, self._conditions(), min_runs=20, min_seconds=10)
         return {
             "predicted": table.total(structure_of(pruned).layer_widths),
-            "measured": after,
-            "before": before,
-            "speedup": before / after,
+            "measured": ms["after"],
+            "before": ms["before"],
+            "speedup": ms["before"] / ms["after"],
         }
