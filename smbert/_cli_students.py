@@ -49,6 +49,7 @@ def add_parsers(commands: Any) -> None:
     group.add_argument("--top", type=int, default=10, help="words that are compared (default: %(default)s)")
     group.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     group.add_argument("--output-dir", default="smbert-explanations", help="(default: %(default)s)")
+    explain.add_argument("--disable-tqdm", action="store_true", help="no progress line")
     explain.set_defaults(run=run_explain)
 
 
@@ -124,7 +125,7 @@ def run_explain(args: argparse.Namespace) -> None:
         rows = data["validation"].shuffle(seed=args.seed)
         texts = texts_of(rows.select(range(min(max(args.limit, 1), len(rows)))), task)
     label = None if args.label is None else names.index(args.label)
-    found = explain_all(classifiers, texts, label, settings, args.seeds, args.top)
+    found = explain_all(classifiers, texts, label, settings, args.seeds, args.top, args.disable_tqdm)
     found.save(args.output_dir)
     # Where the output is no terminal rich assumes 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=140)

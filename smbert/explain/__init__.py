@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import expit, softmax
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._model_card import write_whole
@@ -266,6 +267,7 @@ def explain_all(
     settings: LimeSettings | None = None,
     seeds: int = 3,
     k: int = 10,
+    disable_tqdm: bool = False,
 ) -> Explanations:
     """Explains texts by one classifier, or by two and how far they agree.
 
@@ -276,6 +278,7 @@ def explain_all(
         settings: how to probe; further seeds follow its own.
         seeds: how many seeds stability is measured over; the explanations shown are those of the first.
         k: words that are compared.
+        disable_tqdm: no progress line.
 
     Raises:
         ValueError: classifiers of different labels, no texts, or numbers out of range.
@@ -296,7 +299,7 @@ def explain_all(
             "To resolve, explain classifiers of the same task."
         )
     rows: list[list[list[Explanation]]] = []  # text, classifier, seed
-    for text in texts:
+    for text in tqdm(texts, desc="explanations", unit="text", disable=disable_tqdm):
         first = label
         found: list[list[Explanation]] = []
         for classifier in classifiers:
