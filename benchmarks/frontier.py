@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     data = {name: load_task(name, args.data_dir) for name in args.tasks.split(",")}  # all, before any work
     same_settings(out / "settings.json", settings)
+    same_small_model(out / "small.json", args.small_model)
     shapes = Shapes(encoder, out / "shapes.json")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     for seed in (int(s) for s in args.seeds.split(",")):
@@ -160,6 +161,14 @@ def same_settings(file: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{file.parent} was made with other settings ({', '.join(changed)}). To resolve, choose another `--output`."
         )
+
+
+def same_small_model(file: Path, small: str | None) -> None:
+    """Raises ValueError for another small checkpoint than that of the folder's cells, or none; a first one may come later."""
+    if small is not None:
+        same_settings(file, {"small_model": model_fingerprint(load_model(small, head="encoder"))})
+    elif file.is_file():
+        raise ValueError(f"{file.parent} holds models of a small checkpoint. To resolve, pass its --small-model again.")
 
 
 def limited(splits: DatasetDict, samples: int | None, seed: int) -> DatasetDict:

@@ -20,7 +20,7 @@ from frontier_peers import TEXTPRUNER_FAMILIES, rows_file, run_peer, with_weight
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from smbert.checkpoints import load_model
-from smbert.context import Context
+from smbert.context import Context, on_device
 from smbert.family import compress_family
 from smbert.heads import with_head
 from smbert.inputs import tokenised
@@ -166,6 +166,7 @@ class Shapes:
 def speedup_of(models: Mapping[str, PreTrainedModel], warmup: int) -> float:
     """How much faster the second model is, in a batch of 32 x 128."""
     shape = (32, int(min(128, *map(max_positions, models.values()))))
+    models = {name: on_device(copy.deepcopy(model)) for name, model in models.items()}
     timed = latency(models, [shape], warmup=warmup, min_runs=15, min_seconds=2.0, disable_tqdm=True)
     base, own = (next(iter(timed[name].values()))["p50"] for name in models)
     return base / own

@@ -126,8 +126,10 @@ def run(args: argparse.Namespace) -> None:
 def stage_of(name: str, speedup: str, args: argparse.Namespace) -> Stage:
     """The stage that prunes by a method to MACs over `speedup`."""
     try:
+        if float(speedup) <= 1:
+            raise ValueError
         share = str(1 / Fraction(speedup))
-    except (ValueError, ZeroDivisionError):
+    except ValueError:
         raise ValueError(f"`--speedups` must be numbers above 1, got {speedup!r}. To resolve, correct it.") from None
     if name in SCORERS:
         return WidthPruning(
@@ -173,6 +175,7 @@ def teacher_cell(model: PreTrainedModel, context: Context, samples: int) -> dict
         inputs = {key: value.to(device_of_run()) for key, value in batch.items()}
         labels = {"labels": inputs.pop("labels")}
         label_losses("teacher", model, inputs, labels).sum().backward()
+    synchronise()
     seconds = (time.perf_counter() - start) * samples / len(rows)
     model.zero_grad(set_to_none=True)
     return {**scores(metrics), "pass_seconds": seconds, **sizes(model)}
@@ -205,6 +208,7 @@ def cell(stage: Stage, model: PreTrainedModel, context: Context, known: dict[str
     if isinstance(stage, WidthPruning):
         if stage.scorer not in known:
             scored = stage.scores(model, context)
+            synchronise()
             known[stage.scorer] = Scored(scored, time.perf_counter() - start, peak_memory_mb())
         own, start = known[stage.scorer], time.perf_counter()
         pruned = keep_units(model, plan_for(model, own.scores, stage.budget))
@@ -212,13 +216,18 @@ def cell(stage: Stage, model: PreTrainedModel, context: Context, known: dict[str
         seconds, memory, told = time.perf_counter() - start + own.seconds, max(own.memory_mb, peak_memory_mb()), {}
     else:
         pruned, info = stage.run(model, context, context.cache_dir)
+        synchronise()
         seconds, memory, rows_seen = time.perf_counter() - start, peak_memory_mb(), info["sampled_rows"]
         told = {key: info[key] for key in ("database_seconds", "calibration_loss") if key in info}
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return {
         **scores(context.evaluate(pruned)), **sizes(pruned), "seconds": seconds, "rows_seen": rows_seen, "peak_memory_mb": memory, **told
     }  # fmt: skip
+
+
+def synchronise() -> None:
+    """Waits for a GPU, whose work goes on when a call has returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def scores(metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -241,9 +241,7 @@ def _onnxruntime_graph(file: Path, threads: int | None, providers: Sequence[str]
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
-    # Tracing leaves out what nothing depends on: a model without any heads has no mask.
-    taken = [value.name for value in session.get_inputs()]
-    return lambda batch: session.run(None, {name: batch[name] for name in taken})[0]
+    return lambda batch: session.run(None, batch)[0]
 
 
 def _openvino_graph(file: Path, precision: str, threads: int | None) -> Graph:
@@ -256,13 +254,12 @@ def _openvino_graph(file: Path, precision: str, threads: int | None) -> Graph:
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     model = openvino.Core().compile_model(str(file), "CPU", config)
-    taken = [value.any_name for value in model.inputs]
     own = threading.local()  # a request is busy until it has answered
 
     def run(batch: dict[str, np.ndarray]) -> np.ndarray:
         if not hasattr(own, "request"):
             own.request = model.create_infer_request()
-        return own.request.infer({name: batch[name] for name in taken})[0]
+        return own.request.infer(batch)[0]
 
     return run
 

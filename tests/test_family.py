@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from run_helpers import millisecond_per_mac, raw_checkpoint, splits
+from tiny_models import tiny
 
 import smbert
 from smbert import DepthReduction, Distill, EmbeddingFactorisation, Recipe, RetrainingFreePruning, VocabPruning
+from smbert.measure import macs
 from smbert.report import Report
 from smbert.stages import Finetune
 from smbert.surgery import structure_of
@@ -72,6 +74,16 @@ def test_each_member_comes_from_the_one_before(tmp_path: Path, quick: None, monk
     monkeypatch.setattr(SmbertTrainer, "train", None)  # a second run trains nothing
     again = run(tmp_path / "model", out)
     assert [row.metrics for row in again.report.rows] == [row.metrics for row in report.rows]
+
+
+def test_a_speedup_behind_an_engine_is_judged_there(tmp_path: Path, quick: None) -> None:
+    pytest.importorskip("onnxruntime")
+    prune, distill = RECIPE.stages
+    recipe = replace(RECIPE, stages=(replace(prune, engine="onnx", threads=1), distill))
+    family = run(raw_checkpoint(tmp_path / "model"), tmp_path / "out", recipe=recipe)
+    whole, *members = (macs(m) for m in (tiny("bert"), *(family.members[s].model for s in (1.5, 2))))
+    for speedup, own, note in zip((1.5, 2), members, family.report.notes, strict=True):
+        assert f"{speedup:g}x at 4x16 behind onnx with 1 threads was asked for and {whole / own:.2f}x measured" in note
 
 
 def test_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

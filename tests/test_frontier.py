@@ -195,6 +195,9 @@ def test_every_method_in_every_cell_and_resumed(
     assert frontier.main(command) == 0
     assert Report.read(out).rows == again.rows
     capsys.readouterr()
+    assert frontier.main(command[:-2]) == 2 and "pass its --small-model again" in capsys.readouterr().err
+    assert frontier.main([*command[:-1], str(tmp_path / "raw")]) == 2
+    assert "other settings (small_model)" in capsys.readouterr().err
     assert frontier.main([*command, "--set", "distill.max_steps=4"]) == 2
     error = capsys.readouterr().err
     assert "other settings (recipe)" in error and "To resolve" in error

@@ -174,6 +174,10 @@ def test_the_stage_asks_the_engine(context, tmp_path):
     assert json.loads(file.read_text())["engine"] == "onnx"
 
 
+def test_folders_from_before_there_were_engines_go_on():
+    assert "engine" not in RetrainingFreePruning(speedup=2).to_dict()
+
+
 def test_engines_that_cannot_time(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"`engine` must be one of torch, onnx, openvino, got 'tensorrt'.*To resolve"):
         Conditions(engine="tensorrt")

@@ -98,6 +98,8 @@ def test_every_method_within_every_budget_and_resumed(pruning, command, tmp_path
         (["--methods", "lottery"], "`--methods`"),
         (["--speedups", "fast"], "`--speedups`"),
         (["--speedups", "0"], "`--speedups`"),
+        (["--speedups", "1"], "`--speedups`"),
+        (["--speedups", "4/3"], "`--speedups`"),
     ],
 )
 def test_tells_what_is_wrong(pruning, command, tmp_path, capsys, change, told):

@@ -119,9 +119,7 @@ def export(
         )
     length = _max_length(loaded, tok, max_length)
     reference = None if gate is None else Reference.of(gate, loaded, tok, length)
-    names = input_names(loaded, tok)
     sample = list(calibration) or ([] if gate is None else gate.texts[:64])
-    batches = _batches(sample, tok, names, length)
 
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +127,8 @@ def export(
         workdir = partial / "work"
         workdir.mkdir(parents=True)
         traced = workdir / "fp32.onnx"
-        write_onnx(loaded, names, traced, opset)
+        names = write_onnx(loaded, input_names(loaded, tok), traced, opset)
+        batches = _batches(sample, tok, names, length)
         difference = largest_difference(loaded, names, runtime.open_graph(traced, engine), length)
         if not difference <= TOLERANCE:
             raise RuntimeError(

@@ -61,8 +61,8 @@ def example(model: PreTrainedModel, names: Sequence[str], batch: int, length: in
     return {name: made[name] for name in names}
 
 
-def write_onnx(model: PreTrainedModel, names: Sequence[str], file: Path, opset: int) -> None:
-    """Writes a model with dynamic batch and length.
+def write_onnx(model: PreTrainedModel, names: Sequence[str], file: Path, opset: int) -> list[str]:
+    """Writes a model with dynamic batch and length; returns the inputs that count: without any heads nothing depends on the mask.
 
     By the tracing exporter (`dynamo=False`): what torch.export makes of layers without heads or neurons fails in onnxruntime, and it
     needs onnxscript. Tracing is exact here because the classifiers have no branches that depend on values.
@@ -83,13 +83,13 @@ def write_onnx(model: PreTrainedModel, names: Sequence[str], file: Path, opset: 
             opset_version=opset,
             dynamo=False,
         )
-    _drop_empty_products(file)
+    return _drop_empty_products(file)
 
 
-def _drop_empty_products(file: Path) -> None:
+def _drop_empty_products(file: Path) -> list[str]:
     """In a graph with layers without heads or neurons, puts zeros for their products over nothing, and takes out what led there.
 
-    OpenVINO cannot read a weight without elements.
+    OpenVINO cannot read a weight without elements. Returns the names of the inputs that are left.
     """
     import onnx
     from onnx import numpy_helper
@@ -101,7 +101,7 @@ def _drop_empty_products(file: Path) -> None:
             empty[node.output[0]] = empty[node.input[0]]
     ends = [node for node in body.node if node.op_type == "MatMul" and node.input[1] in empty]
     if not ends:
-        return
+        return [value.name for value in body.input]
     for node in ends:
         zeros = np.zeros(empty[node.input[1]].dims[1], np.float32)  # (hidden,), added to a (batch, length, hidden)
         body.initializer.append(numpy_helper.from_array(zeros, node.output[0]))
@@ -115,7 +115,11 @@ def _drop_empty_products(file: Path) -> None:
     for tensor in list(body.initializer):
         if tensor.name not in needed:
             body.initializer.remove(tensor)
+    for value in list(body.input):
+        if value.name not in needed:
+            body.input.remove(value)
     onnx.save(graph, str(file))
+    return [value.name for value in body.input]
 
 
 def largest_difference(model: PreTrainedModel, names: Sequence[str], graph: Graph, longest: int) -> float:

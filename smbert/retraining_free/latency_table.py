@@ -25,7 +25,7 @@ from ..modeling import encoder_layers
 from ..processes import process_state
 from ..surgery import PruningPlan, keep_layers, keep_units, structure_of
 from .cost_table import CostTable
-from .served import check_engine, served, with_small_vocabulary
+from .served import check_engine, served, versions, with_small_vocabulary
 from .stream import record
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def latency_table(
     sizes = {"heads": sorted({0, *heads}), "ffn": sorted({0, *ffn})}
     about = {
         **asdict(conditions),
-        "machine": machine(),
+        "machine": {**machine(), **versions(conditions.engine)},
         "attention": model.config._attn_implementation,
         "model": _shape_of(model),
         "sizes": sizes,

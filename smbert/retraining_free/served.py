@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from transformers import PreTrainedModel
 from .._surgery_vocab import keep_vocabulary, token_ids_in_config
 from ..runtime import open_graph
 
-NEEDED = {"torch": (), "onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+NEEDED = {
+    "torch": (),
+    "onnx": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+}  # the exporter's, then its own
 OPSET = 17
 # A large table of embeddings would be written once for each size, and its rows are only looked up.
 _VOCABULARY = 1000
@@ -29,6 +34,11 @@ def check_engine(engine: str) -> None:
     for package in NEEDED[engine]:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"`engine` {engine} needs {package}. To resolve, pip install smbert[{engine}].")
+
+
+def versions(engine: str) -> dict[str, str]:
+    """Of the packages beside torch on which its times depend."""
+    return {package: importlib.metadata.version(package) for package in NEEDED[engine][1:]}
 
 
 def with_small_vocabulary(model: PreTrainedModel) -> PreTrainedModel:
@@ -58,20 +68,19 @@ def served(models: Mapping[str, PreTrainedModel], engine: str, threads: int | No
         found: dict[str, nn.Module] = {}
         for number, (name, model) in enumerate(models.items()):
             file = Path(folder) / f"{number}.onnx"
-            write_onnx(model, _Served.names, file, OPSET)
-            found[name] = _Served(file, engine, threads)
+            inputs = write_onnx(model, ("input_ids", "attention_mask"), file, OPSET)
+            found[name] = _Served(file, inputs, engine, threads)
         yield found
 
 
 class _Served(nn.Module):
     """A graph as a module; its threads do not wait busily, since others are timed in turns with it."""
 
-    names = ("input_ids", "attention_mask")
-
-    def __init__(self, file: Path, engine: str, threads: int | None):
+    def __init__(self, file: Path, inputs: Sequence[str], engine: str, threads: int | None):
         super().__init__()
+        self.inputs = inputs
         self.graph = open_graph(file, engine, threads=threads, spinning=False)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """(batch, labels) logits."""
-        return torch.from_numpy(self.graph({name: inputs[name].numpy() for name in self.names}))
+        return torch.from_numpy(self.graph({name: inputs[name].numpy() for name in self.inputs}))

@@ -69,7 +69,7 @@ class RetrainingFreePruning(Stage):
         latency_table: file of the latency table, by default in the run's cache.
         force_table: use a table that was measured on another machine or with another engine.
         threads: CPU threads for which time is measured; by default those in use.
-        engine: that time is measured with: torch, onnx (ONNX Runtime) or openvino, in fp32.
+        engine: that time is measured with: torch (the default), onnx (ONNX Runtime) or openvino, in fp32.
         task: an intermediate task's name whose rows are looked at.
     """
 
@@ -92,7 +92,7 @@ class RetrainingFreePruning(Stage):
     latency_table: str | None = None
     force_table: bool = False
     threads: int | None = None
-    engine: str = "torch"
+    engine: str | None = None
     task: str | None = None
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class RetrainingFreePruning(Stage):
         batch, _, length = self.shape.partition("x")
         if not (batch.isdigit() and length.isdigit()):
             raise ValueError(f'`shape` must look like "32x128", got {self.shape!r}. To resolve, correct it.')
-        return Conditions(int(batch), int(length), self.threads, self.engine)
+        return Conditions(int(batch), int(length), self.threads, self.engine or "torch")
 
     @property
     def timed(self) -> bool:
@@ -187,9 +187,11 @@ class RetrainingFreePruning(Stage):
         }
         if table.name == "latency_ms":
             # Processes that measure at once slow each other down.
-            if process_state().is_main_process:
-                info["latency_ms"] = self._measured(model, pruned, table)
-            process_state().wait_for_everyone()
+            try:
+                if process_state().is_main_process:
+                    info["latency_ms"] = self._measured(model, pruned, table)
+            finally:
+                process_state().wait_for_everyone()
         return pruned, info
 
     def _obs(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
