@@ -211,8 +211,10 @@ def notes(report: Report, found: dict[str, Any], labelled: Any, pool: Any, major
         ]
         above = 100 * ((rows[name].metric or 0.0) - majority)
         chosen = f", chosen {done['parameters']}" if done.get("parameters") else ""
+        alone = name.endswith("distilled") and done["taught_by"] == "gold labels"
+        kept = ["of gold labels alone, since the teacher's made it no better out of fold"] if alone else []
         lines.append(
-            f"{name}: {above:+.1f} points over the majority class{chosen}{''.join(', ' + t for t in left_out)}."
+            f"{name}: {above:+.1f} points over the majority class{chosen}{''.join(', ' + t for t in [*kept, *left_out])}."
         )
     return lines
 

@@ -192,6 +192,27 @@ def test_few_labels_do_not_spoil_a_static_student(seed: int, tokenizer: Any) -> 
     assert found[0] > found[1] - 0.05
 
 
+@pytest.mark.parametrize("kind", ["multinomial_nb", "linear_svm", "static_embedding"])
+def test_a_teacher_is_heard_only_where_it_helps(kind: str, tokenizer: Any) -> None:
+    teacher = (
+        {"teacher": tiny("bert", seed=3, vocab_size=len(tokenizer)), "tokenizer": tokenizer}
+        if kind == "static_embedding"
+        else {}
+    )
+    rows, pool = taught(60, 3), taught(300, 4, labels=False)
+    knows = quick(kind, train=rows, pool=pool, task=TASK, gold_weight="auto", **teacher)
+    assert knows.training["taught_by"] == "soft labels" and knows.training["labelled"] == 60
+    wrong = [
+        rows_.add_column("teacher_logits", (-knowing_logits(list(rows_["text"]))).tolist())
+        for rows_ in (rows.remove_columns("teacher_logits"), pool.remove_columns("teacher_logits"))
+    ]
+    alone = quick(kind, train=wrong[0], pool=wrong[1], task=TASK, gold_weight="auto", **teacher)
+    plain = quick(kind, train=rows, task=TASK, gold_weight=1.0, **teacher)
+    assert alone.training["taught_by"] == "gold labels"
+    probe = list(make_texts(10, 9)["text"])
+    assert np.allclose(alone.predict_proba(probe), plain.predict_proba(probe))
+
+
 def test_the_teacher_is_asked_for_what_rows_do_not_carry(tokenizer: Any, tmp_path: Path) -> None:
     teacher, rows = tiny("bert", seed=3), make_texts(40, seed=1)
     direct = predict_logits(teacher, tokenize(rows, TASK, tokenizer, 60), DistillCollator(tokenizer), disable_tqdm=True)
@@ -575,6 +596,8 @@ def test_text_in_another_script() -> None:
     [
         ({"temperature": 0}, "`temperature`"),
         ({"gold_weight": 1.5}, "`gold_weight`"),
+        ({"gold_weight": "half"}, "`gold_weight`"),
+        ({"gold_weight": "auto", "folds": 0}, "`gold_weight` auto needs labelled rows, folds of them"),
         ({"folds": 1}, "`folds`"),
         ({"chunk_rows": 0}, "`chunk_rows`"),
         ({"grid": {"depth": [3]}}, "depth"),

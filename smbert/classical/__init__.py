@@ -105,6 +105,26 @@ def distill_classical(
             "`teacher` must be given for a static_embedding student, whose embeddings are the teacher's. "
             "To resolve, pass it, with gold_weight=1.0 and no pool for the baseline."
         )
+    if options.gold_weight == "auto":
+        if train_dataset is None or isinstance(unlabelled, IterableDataset) or options.folds == 0:
+            raise ValueError(
+                "`gold_weight` auto needs labelled rows, folds of them, and a pool in memory. To resolve, pass a number from 0 to 1."
+            )
+        both = [
+            distill_classical(
+                teacher,
+                train_dataset,
+                pool,
+                student,
+                task=task,
+                tokenizer=tokenizer,
+                held_out=held_out,
+                cache_dir=cache_dir,
+                **{**settings, "gold_weight": weight},
+            )
+            for weight, pool in ((0.5, unlabelled), (1.0, None))
+        ]
+        return max(both, key=lambda one: _accuracy(one.training))  # of equals the first
     task, train = _checked(task, train_dataset, unlabelled, teacher)
     source = TeacherSource(
         teacher,
@@ -123,7 +143,7 @@ def distill_classical(
         logger.warning("%d labelled texts are also in `held_out`; they are used, which flatters the student", repeated)
 
     begin = time.perf_counter()
-    labelled = None if train is None else labelled_rows(train, source, options.temperature, options.gold_weight)
+    labelled = None if train is None else labelled_rows(train, source, options.temperature, float(options.gold_weight))
     about = {"label_names": task.label_names, "text_columns": task.text_columns}
     found: Student
     if isinstance(unlabelled, IterableDataset):
@@ -155,6 +175,11 @@ def distill_classical(
         "seconds": round(time.perf_counter() - begin, 3),
     }
     return found
+
+
+def _accuracy(training: Mapping[str, Any]) -> float:
+    """On labelled rows that the student was not fitted on; 0 where none could be spared."""
+    return float(training.get("out_of_fold_accuracy", training.get("accuracy")) or 0)
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:

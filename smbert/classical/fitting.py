@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -32,7 +32,9 @@ class Settings:
 
     Attributes:
         temperature: of the teacher's soft labels.
-        gold_weight: share of the gold label in the targets of labelled rows; 1 for a student of gold labels alone.
+        gold_weight: share of the gold label in the targets of labelled rows; 1 for a student of gold labels alone. "auto" fits
+            one with a half and one of gold labels alone, without the pool, and keeps the one that is better on rows that it
+            was not fitted on: a teacher that is no better than the student has nothing to teach.
         logit_clip: bound of the centred logits that an SVM regresses on.
         features: what the student sees; several are tried; None for the student's own.
         grid: estimator parameter -> values to try; None for the student's own.
@@ -51,7 +53,7 @@ class Settings:
     """
 
     temperature: float = 1.0
-    gold_weight: float = 0.5
+    gold_weight: float | Literal["auto"] = 0.5
     logit_clip: float = 3.0
     features: TextFeatures | Sequence[TextFeatures] | None = None
     grid: Mapping[str, Sequence[Any]] | None = None
@@ -68,7 +70,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, sound, rule in (
             ("temperature", self.temperature > 0, "above 0"),
-            ("gold_weight", 0 <= self.gold_weight <= 1, "from 0 to 1"),
+            ("gold_weight", _is_share(self.gold_weight) or self.gold_weight == "auto", "from 0 to 1, or auto"),
             ("logit_clip", self.logit_clip > 0, "above 0"),
             ("folds", self.folds == 0 or self.folds >= 2, "0, or at least 2"),
             ("epochs", self.epochs >= 1, "at least 1"),
@@ -99,6 +101,10 @@ class Settings:
                 "To resolve, correct the names."
             )
         return list(ParameterGrid(grid))
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
 
 
 def fit_in_memory(kind: Kind, rows: Taught, settings: Settings) -> tuple[Pipeline, float, dict[str, Any]]:
