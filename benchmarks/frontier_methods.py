@@ -60,7 +60,7 @@ class Bench:
         recipe: of the family.
         paper: the SmBERT chain.
         speedups: ascending.
-        shapes: of the checkpoint, for methods that are timed at a uniform shape.
+        shapes: of the checkpoint, for methods that are timed at one of a kind.
         small: folder or id of a ready small checkpoint.
         peer_python: interpreter of TextPruner's environment.
     """
@@ -177,8 +177,7 @@ def speedup_of(models: Mapping[str, PreTrainedModel], warmup: int) -> float:
 
 def smbert(bench: Bench, speedup: float) -> Made:
     """The family, which is made as a whole."""
-    place = {s: f"{s:g}x" for s in bench.speedups}
-    return member(bench, bench.folder / "00-teacher", "family", bench.speedups, place[speedup])
+    return member(bench, bench.folder / "00-teacher", "family", bench.speedups, f"{speedup:g}x")
 
 
 def smbert_small(bench: Bench, speedup: float) -> Made:

@@ -145,7 +145,7 @@ def _add(
         else:
             report.add(row)
     where = [] if prune.engine in (None, "torch") else [f"behind {prune.engine}"]
-    where += [] if prune.threads is None else [f"with {prune.threads} threads"]
+    where += [] if prune.threads is None else [f"with {prune.threads} thread{'' if prune.threads == 1 else 's'}"]
     reached = by_stage if where else rows[STUDENT].speedup.get(prune.shape)
     if reached is not None:
         honoured = TOLERANCE[0] <= reached / speedup <= TOLERANCE[1]

@@ -17,11 +17,8 @@ from transformers import PreTrainedModel
 from .._surgery_vocab import keep_vocabulary, token_ids_in_config
 from ..runtime import open_graph
 
-NEEDED = {
-    "torch": (),
-    "onnx": ("onnx", "onnxruntime"),
-    "openvino": ("onnx", "openvino"),
-}  # the exporter's, then its own
+# The exporter's package, then the engine's own.
+NEEDED = {"torch": (), "onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 OPSET = 17
 # A large table of embeddings would be written once for each size, and its rows are only looked up.
 _VOCABULARY = 1000
