@@ -95,18 +95,18 @@ def compress_family(
     members: dict[float, CompressionResult] = {}
     int8_teacher = options.pop("int8_teacher", True)
     prune, place = pruning[0], chain.stages.index(pruning[0])
-    teacher, start, whole_ms, by_stage = options.pop("teacher", None), model, None, 1.0
+    teacher, start, by_stage = options.pop("teacher", None), model, 1.0
     for speedup in sorted(set(speedups)):
-        # From the second member on what comes in is faster already, so the budget is a share of the original's time.
-        relative, absolute = (speedup, None) if whole_ms is None else (None, whole_ms / speedup)
-        step = replace(prune, macs=None, params=None, speedup=relative, latency_ms=absolute)
+        # A factor on what the member before has reached, both timed in turns: milliseconds of hours ago were another pace. Where it
+        # has reached this speed-up already, a hair is left to prune.
+        step = replace(prune, macs=None, params=None, latency_ms=None, speedup=max(1.01, round(speedup / by_stage, 4)))
         result = compress(
             start,
             replace(chain, stages=(*chain.stages[:place], step, *chain.stages[place + 1 :])),
             teacher=teacher,
             output_dir=out / f"{speedup:g}x",
             baseline=False,
-            int8_teacher=int8_teacher and whole_ms is None,  # the teacher of all members
+            int8_teacher=int8_teacher and not members,  # the teacher of all members
             command=report.command,
             **options,
         )
@@ -115,10 +115,9 @@ def compress_family(
         record = result.output_dir / chain.folder_names[place] / "stage.json"
         timed = json.loads(record.read_text(encoding="utf-8"))["latency_ms"]
         by_stage *= timed["speedup"]  # each in turns with the member before
-        if whole_ms is None:
+        if len(members) == 1:
             made = result.output_dir / "00-teacher"
             teacher = teacher or (made if made.is_dir() else model)
-            whole_ms = timed["before"]
             options["new_head"] = False  # the members have it
         start = result.model_dir
         _add(report, speedup, result, prune, by_stage)

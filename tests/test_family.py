@@ -55,8 +55,9 @@ def test_each_member_comes_from_the_one_before(tmp_path: Path, quick: None, monk
     assert sorted(family.members) == [1.5, 2]
     first, second = (json.loads((out / f"{s}x" / "01-retraining_free" / "stage.json").read_text()) for s in (1.5, 2))
     assert first["stage"]["speedup"] == 1.5 and "latency_ms" not in first["stage"]
-    # The second budget is a share of what the original took, not of what the first member takes.
-    assert second["stage"]["latency_ms"] == pytest.approx(first["latency_ms"]["before"] / 2)
+    # The second budget is what the first member lacks as measured, which need not be what was asked of it.
+    reached = first["latency_ms"]["speedup"]
+    assert reached > 1.5 and second["stage"]["speedup"] == pytest.approx(2 / reached, abs=1e-4)
     one, two = (structure_of(family.members[s].model) for s in (1.5, 2))
     for (heads, ffn), (more_heads, more_ffn) in zip(two.layer_widths, one.layer_widths, strict=True):
         assert heads <= more_heads and ffn <= more_ffn
@@ -76,6 +77,16 @@ def test_each_member_comes_from_the_one_before(tmp_path: Path, quick: None, monk
     assert [row.metrics for row in again.report.rows] == [row.metrics for row in report.rows]
 
 
+def test_what_the_member_before_has_reached_already_is_a_hair_away(tmp_path: Path, quick: None) -> None:
+    out = tmp_path / "out"
+    run(raw_checkpoint(tmp_path / "model"), out, (1.5, 1.501))
+    first, second = (
+        json.loads((out / f"{s}x" / "01-retraining_free" / "stage.json").read_text()) for s in (1.5, 1.501)
+    )
+    assert first["latency_ms"]["speedup"] > 1.501 and second["stage"]["speedup"] == 1.01
+    assert second["latency_ms"]["speedup"] >= 1.01
+
+
 def test_a_speedup_behind_an_engine_is_judged_there(tmp_path: Path, quick: None) -> None:
     pytest.importorskip("onnxruntime")
     prune, distill = RECIPE.stages
@@ -83,7 +94,7 @@ def test_a_speedup_behind_an_engine_is_judged_there(tmp_path: Path, quick: None)
     family = run(raw_checkpoint(tmp_path / "model"), tmp_path / "out", recipe=recipe)
     whole, *members = (macs(m) for m in (tiny("bert"), *(family.members[s].model for s in (1.5, 2))))
     for speedup, own, note in zip((1.5, 2), members, family.report.notes, strict=True):
-        assert f"{speedup:g}x at 4x16 behind onnx with 1 threads was asked for and {whole / own:.2f}x measured" in note
+        assert f"{speedup:g}x at 4x16 behind onnx with 1 thread was asked for and {whole / own:.2f}x measured" in note
 
 
 def test_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

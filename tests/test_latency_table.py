@@ -211,10 +211,13 @@ def test_the_stage_prunes_to_a_time(context, tmp_path, monkeypatch):
         pruned, info = RetrainingFreePruning(**budget, **options).run(model, context, tmp_path)
         cost = 4 + sum(heads + ffn / 8 for heads, ffn in structure_of(pruned).layer_widths)
         assert 0.8 * limit < cost <= limit
-        assert info["latency_ms"]["predicted"] == pytest.approx(cost) and info["latency_ms"]["measured"] > 0
+        assert info["latency_ms"]["measured"] > 0
+        # Of a factor the share counts; the table's milliseconds may be of another pace.
+        expected = cost if "latency_ms" in budget else cost / 52 * info["latency_ms"]["before"]
+        assert info["latency_ms"]["predicted"] == pytest.approx(expected)
         assert info["budget"] == {"name": "latency_ms", "asked": pytest.approx(limit), "reached": pytest.approx(cost)}
     pruned, info = RetrainingFreePruning(method="fisher", speedup=2, **options).run(model, context, tmp_path)
-    assert info["latency_ms"]["predicted"] <= 26
+    assert info["latency_ms"]["predicted"] <= info["latency_ms"]["before"] / 2
     with pytest.raises(ValueError, match=r"`latency_ms` must be at least 4, the smallest.*got 3.*To resolve"):
         RetrainingFreePruning(latency_ms=3, **options).run(model, context, tmp_path)
 
