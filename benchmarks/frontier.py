@@ -36,7 +36,7 @@ from datasets import DatasetDict
 from frontier_methods import FIXED, OF_SMALL, SIZED, Bench, Shapes, Skipped
 from frontier_peers import absent
 from matplotlib.figure import Figure
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from smbert._int8_row import with_int8_teacher
 from smbert._report_tables import INT8_TEACHER, over_tasks
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     methods, left_out = asked_methods(args)
     for reason in left_out:
         print(reason, file=sys.stderr)
-    encoder = load_model(args.model, head="encoder")
+    encoder = encoder_of(args.model)
     settings = {
         "model": model_fingerprint(encoder), "speedups": speedups, "max_train_samples": args.max_train_samples,
         "recipe": recipe.to_dict(), "paper_recipe": paper.to_dict(),
@@ -150,6 +150,12 @@ def asked_methods(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     ]
 
 
+def encoder_of(checkpoint: str) -> PreTrainedModel:
+    """The bare encoder; a pooler that the checkpoint lacks gets the same random weights each time, so that it is known again."""
+    set_seed(0)
+    return load_model(checkpoint, head="encoder")
+
+
 def same_settings(file: Path, settings: Mapping[str, Any]) -> None:
     """Raises ValueError where the folder holds cells of other settings."""
     settings = json.loads(json.dumps(settings))
@@ -166,7 +172,7 @@ def same_settings(file: Path, settings: Mapping[str, Any]) -> None:
 def same_small_model(file: Path, small: str | None) -> None:
     """Raises ValueError for another small checkpoint than that of the folder's cells, or none; a first one may come later."""
     if small is not None:
-        same_settings(file, {"small_model": model_fingerprint(load_model(small, head="encoder"))})
+        same_settings(file, {"small_model": model_fingerprint(encoder_of(small))})
     elif file.is_file():
         raise ValueError(f"{file.parent} holds models of a small checkpoint. To resolve, pass its --small-model again.")
 
