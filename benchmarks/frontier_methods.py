@@ -60,7 +60,7 @@ class Bench:
         recipe: of the family.
         paper: the SmBERT chain.
         speedups: ascending.
-        shapes: of the checkpoint, for methods that are timed at one of a kind.
+        shapes: of the checkpoint, for methods that make one of a kind (see `SHAPES_OF`).
         small: folder or id of a ready small checkpoint.
         peer_python: interpreter of TextPruner's environment.
     """

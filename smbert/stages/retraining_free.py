@@ -295,7 +295,7 @@ class RetrainingFreePruning(Stage):
     def _measured(self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable) -> dict[str, float]:
         """Predicted and measured milliseconds of the result, with what came in timed in the same turns.
 
-        What a factor predicts is a share of what came in takes in these turns, since the table may be of another hour's pace.
+        For a factor the prediction is the table's share of what came in as timed in these turns: the table may be of another pace.
         """
         models = {"before": model, "after": pruned}
         ms = whole_models_ms(models, self._conditions(), min_runs=20, min_seconds=10)
