@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from smbert.checkpoints import load_model
 from smbert.context import Context, on_device
-from smbert.family import compress_family
+from smbert.family import compress_family, trained_for
 from smbert.heads import with_head
 from smbert.inputs import tokenised
 from smbert.measure import latency, max_positions
@@ -83,8 +83,9 @@ class Bench:
 
     def steps(self, speedup: float) -> int:
         """Optimiser steps of the family up to this member, and so of every method that is compared with it."""
-        trained = (steps_of(s, len(self.texts["train"])) for s in self.recipe.stages if isinstance(s, TrainingStage))
-        return sum(trained) * (list(self.speedups).index(speedup) + 1)
+        rows, members = len(self.texts["train"]), [s for s in self.speedups if s <= speedup]
+        trained = (trained_for(stage, member) for member in members for stage in self.recipe.stages)
+        return sum(steps_of(stage, rows) for stage in trained if isinstance(stage, TrainingStage))
 
     def sizes(self, kind: str, speedup: float) -> Sizes:
         """Raises Skipped where no shape of this kind reaches the speed-up."""
@@ -291,7 +292,10 @@ def small_taught(bench: Bench, speedup: float) -> Made:
     context = replace(context, data=replace(context.data, train=rows))
     settings = next((s for s in reversed(bench.recipe.stages) if isinstance(s, Distill)), Distill())
     logits = [o for o in settings.objectives if isinstance(o, LogitsObjective)] or [LogitsObjective()]
-    stage = replace(settings, objectives=tuple(logits), max_steps=bench.steps(speedup))
+    stage = replace(
+        settings, objectives=tuple(logits), max_steps=bench.steps(speedup),
+        learning_rate=bench.recipe.teacher.learning_rate, full_rate_at=None,  # it does not begin near the teacher
+    )  # fmt: skip
     return trained_small(bench, "taught", stage, context)
 
 

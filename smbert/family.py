@@ -6,6 +6,7 @@ Going by steps, each with a recovery, ends better than one leap, and every step 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from .measure import environment
 from .processes import process_state
 from .recipe import Recipe
 from .report import Report
-from .stages import EmbeddingFactorisation, RetrainingFreePruning, Stage, VocabPruning
+from .stages import EmbeddingFactorisation, RetrainingFreePruning, Stage, TrainingStage, VocabPruning
 
 # Of the speed-up that was asked for: what a prediction from a table of sub-layers may miss by.
 TOLERANCE = (0.95, 1.1)
@@ -49,7 +50,7 @@ def compress_family(
 ) -> Family:
     """Compress to several speed-ups, each from the result of the one before, all taught by the original.
 
-    A run that was killed goes on in the member that was interrupted.
+    The faster a member, the longer it is trained (see `trained_for`). A run that was killed goes on in the member that was interrupted.
 
     Args:
         model: folder, Hub id or loaded model, as for `compress`.
@@ -102,7 +103,7 @@ def compress_family(
         step = replace(prune, macs=None, params=None, latency_ms=None, speedup=max(1.01, round(speedup / by_stage, 4)))
         result = compress(
             start,
-            replace(chain, stages=(*chain.stages[:place], step, *chain.stages[place + 1 :])),
+            replace(chain, stages=tuple(step if s is prune else trained_for(s, speedup) for s in chain.stages)),
             teacher=teacher,
             output_dir=out / f"{speedup:g}x",
             baseline=False,
@@ -124,6 +125,21 @@ def compress_family(
         if process_state().is_main_process:
             report.write(out)
     return Family(members, report)
+
+
+def trained_for(stage: Stage, speedup: float) -> Stage:
+    """A stage as the member of this speed-up runs it: the recipe's epochs and steps hold at 2x and grow with the root of the speed-up.
+
+    What is faster has more to repair, and its steps take less time: so all members train for about as many minutes.
+    """
+    if not isinstance(stage, TrainingStage):
+        return stage
+    longer = math.sqrt(max(speedup, 2) / 2)
+    return replace(
+        stage,
+        epochs=round(stage.epochs * longer, 2),
+        max_steps=round(stage.max_steps * longer) if stage.max_steps > 0 else stage.max_steps,
+    )
 
 
 def _add(

@@ -15,6 +15,7 @@ from tiny_models import tiny
 
 import smbert
 from smbert import DepthReduction, Distill, EmbeddingFactorisation, Recipe, RetrainingFreePruning, VocabPruning
+from smbert.family import trained_for
 from smbert.measure import macs
 from smbert.report import Report
 from smbert.stages import Finetune
@@ -75,6 +76,22 @@ def test_each_member_comes_from_the_one_before(tmp_path: Path, quick: None, monk
     monkeypatch.setattr(SmbertTrainer, "train", None)  # a second run trains nothing
     again = run(tmp_path / "model", out)
     assert [row.metrics for row in again.report.rows] == [row.metrics for row in report.rows]
+
+
+def test_a_faster_member_trains_longer(tmp_path: Path, quick: None) -> None:
+    out = tmp_path / "out"
+    run(raw_checkpoint(tmp_path / "model"), out, (1.5, 2.5))
+    for speedup, steps in ((1.5, 2), (2.5, round(2 * (2.5 / 2) ** 0.5))):
+        record = json.loads((out / f"{speedup}x" / "02-distill" / "stage.json").read_text())
+        assert record["optimiser_steps"] == steps
+    prune, distill = RECIPE.stages
+    assert trained_for(prune, 8) is prune
+    by_epochs = replace(distill, max_steps=-1, epochs=3)
+    assert [(s.epochs, s.max_steps) for s in (trained_for(by_epochs, x) for x in (1.2, 2, 8))] == [
+        (3, -1),
+        (3, -1),
+        (6, -1),
+    ]
 
 
 def test_what_the_member_before_has_reached_already_is_a_hair_away(tmp_path: Path, quick: None) -> None:

@@ -465,6 +465,32 @@ def test_a_distilled_student_learns_the_task_without_labels(
     assert context.evaluate(result)["accuracy"] >= 0.85
 
 
+def test_a_student_near_its_teacher_learns_slower_in_proportion(
+    context: Context, tuned: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    context = replace(context, teacher=freeze(teacher), args={**context.args, "bf16": False})
+    stage = Distill(objectives=ALL_KINDS[:2], max_steps=4, batch_size=8, learning_rate=1e-3, full_rate_at=0.5)
+    student = keep_layers(tuned, [0, 1])
+    rows = context.data.train
+    answers, targets = (
+        torch.tensor(predict_logits(m, rows, context.collator, disable_tqdm=True)).log_softmax(-1)
+        for m in (student, teacher)
+    )
+    divergence = float((targets.exp() * (targets - answers)).sum(-1).mean())
+    assert 0 < divergence < 0.5
+    _, info = stage.run(student, context, tmp_path / "near")
+    assert info["divergence"] == pytest.approx(divergence, abs=1e-4)
+    assert info["learning_rate"] == pytest.approx(1e-3 * divergence / 0.5, rel=1e-3)
+    assert info["loss_log"][0]["learning_rate"] <= info["learning_rate"]  # of the schedule, and not only told
+    _, far = replace(stage, full_rate_at=divergence / 2).run(student, context, tmp_path / "far")
+    assert far["learning_rate"] == 1e-3
+    _, same = stage.run(
+        teacher, context, tmp_path / "same"
+    )  # nothing to learn, and still a rate that a schedule can have
+    assert 0 < same["learning_rate"] < 1e-6
+    assert "learning_rate" not in replace(stage, full_rate_at=None).run(student, context, tmp_path / "none")[1]
+
+
 def test_projections_serve_the_loss_and_stay_out_of_the_result(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..checkpoints import load_model
 from ..context import Context, TaskData, on_device
 from ..heads import with_head
+from ..importance import sum_over_ranks
 from ..objectives import (
     OBJECTIVES,
     AttentionObjective,
@@ -24,15 +28,21 @@ from ..objectives import (
     RelationObjective,
     build_objectives,
 )
+from ..retraining_free.calibration import CalibrationLoss
 from ..surgery import structure_of
 from ..teacher import cached_logits, join_unlabelled, with_teacher_logits
 from ..teacher_states import ROW, TeacherStates
 from ..trainer import Distillation
 from ..vocab import with_pieces_of
-from .base import Outline, TrainingStage, as_text, build
+from .base import Outline, TrainingStage, as_text, batches_of_rank, build
+
+logger = logging.getLogger(__name__)
 
 # The name, and the folder that a run gives it where it has to make it.
 TARGET_TEACHER = ("teacher", "00-teacher")
+
+JUDGED_ROWS = 256  # tell how near a student is
+SMALLEST_DIVERGENCE = 1e-5  # a student that is its teacher still gets a rate above zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,8 @@ class Distill(TrainingStage):
         teacher: "teacher" (the target task's), the folder name of an earlier stage ("00-finetune"), or a checkpoint.
         student: a checkpoint that takes the place of the model that flows.
         data: "task" (labelled rows), "pool" (unlabelled texts), or "both"; "auto" is both where there is a pool.
+        full_rate_at: mean divergence of the student's answers from the teacher's, before the first step, from which on
+            `learning_rate` holds; a student that is nearer learns at that share of it. None: always the whole rate.
     """
 
     kind: ClassVar[str] = "distill"
@@ -61,9 +73,17 @@ class Distill(TrainingStage):
     teacher: str = "teacher"
     student: str | None = None
     data: str = "auto"
+    full_rate_at: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        full = self.full_rate_at
+        if full is not None and (
+            isinstance(full, bool) or not isinstance(full, int | float) or not 0 < full < math.inf
+        ):
+            raise ValueError(
+                f"`full_rate_at` must be a number above 0, got {full!r}. To resolve, leave it out, or try 0.04."
+            )
         for name in ("teacher", "student"):
             object.__setattr__(self, name, as_text(getattr(self, name)))
         object.__setattr__(self, "objectives", _objectives(self.objectives))
@@ -92,6 +112,11 @@ class Distill(TrainingStage):
             raise ValueError(
                 f"rows with teacher logits and no teacher allow the logits and gold objectives only, got {', '.join(others)}. "
                 "To resolve, pass the teacher, or drop the others."
+            )
+        if untaught and self.full_rate_at is not None:
+            raise ValueError(
+                f"`full_rate_at` compares the student with its teacher, and there is none, got {self.full_rate_at!r}. "
+                "To resolve, pass the teacher, or leave it out."
             )
         task = None if self.teacher in TARGET_TEACHER else after.task if teacher is None else teacher.task
         if task != after.task:
@@ -142,6 +167,12 @@ class Distill(TrainingStage):
         # Without a teacher at hand there are no layers to compare; the check before the run has seen to that.
         teacher = student if labelled_before and context.teacher is None else self._teacher(context)
         objective = build_objectives(self.objectives, structure_of(student), structure_of(teacher), data.task.kind)
+        told, stage = {}, self
+        if self.full_rate_at is not None:
+            divergence = self._divergence(student, on_device(teacher), rows, context)
+            stage = replace(self, learning_rate=self.learning_rate * min(1.0, divergence / self.full_rate_at))
+            told = {"divergence": round(divergence, 5), "learning_rate": stage.learning_rate}
+            logger.info("divergence from the teacher %.5f, so the learning rate is %.2g", *told.values())
         live, states = objective.needs.live_teacher, None
         collator, bf16 = context.collator, context.bf16
         if live and not labelled_before and not objective.needs.teacher_qkv:
@@ -166,8 +197,15 @@ class Distill(TrainingStage):
             )
             rows = with_teacher_logits(rows, logits)
         holder = Distillation(student, on_device(objective), on_device(teacher) if live else None, states)
-        info = self.train(holder, rows, context, workdir, data)
-        return student, {"teacher_ran_live": live, **info}
+        info = stage.train(holder, rows, context, workdir, data)
+        return student, {"teacher_ran_live": live, **told, **info}
+
+    def _divergence(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Dataset, context: Context) -> float:
+        """Of the student's answers from the teacher's, on a random sample of the rows that it is about to learn from."""
+        few = rows.shuffle(seed=context.seed).select(range(min(JUDGED_ROWS, len(rows))))
+        batches = batches_of_rank(few, context, self.batch_size)
+        autocast = torch.bfloat16 if context.bf16 else None
+        return max(CalibrationLoss(teacher, batches, autocast, sum_over_ranks)(student), SMALLEST_DIVERGENCE)
 
     def _teacher(self, context: Context) -> PreTrainedModel:
         if self.teacher in TARGET_TEACHER:
