@@ -296,10 +296,13 @@ def test_regression_and_several_classes(context, tmp_path, labels, tokenizer):
 def test_only_the_main_process_measures(context, tmp_path, monkeypatch):
     millisecond_per_mac(monkeypatch)
     measured, waited = [], []
-    monkeypatch.setattr(RetrainingFreePruning, "_measured", lambda *_: measured.append(1))
+    fake = lambda *_: measured.append(1) or {"predicted": 2.0, "measured": 3.0}  # noqa: E731
+    monkeypatch.setattr(RetrainingFreePruning, "_measured", fake)
     for main in (True, False):
         state = SimpleNamespace(is_main_process=main, wait_for_everyone=lambda main=main: waited.append(main))
         monkeypatch.setattr(retraining_free, "process_state", lambda state=state: state)
         _, info = pruned_by(tiny("bert", layers=2), context, tmp_path, method="fisher", speedup=2, shape="2x16")
         assert ("latency_ms" in info) == main
-    assert measured == [1] and waited == [True, False]
+        # What the others learn of it is the sum over all.
+        assert RetrainingFreePruning(speedup=2)._pace(None, None, None) == (1.5 if main else 0)
+    assert measured == [1, 1] and waited == [True, True, False, False]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,12 +14,15 @@ from .calibration import CalibrationLoss
 from .cost_table import CostTable
 from .database import Database
 from .reconstruct import Reduce
-from .search import find_sizes, options_of
+from .search import BudgetOutOfReach, chosen_again, find_sizes, options_of
 from .sequential import fit_to_original
 from .stream import Calls
 from .working_copy import working_copy
 
 logger = logging.getLogger(__name__)
+
+CORRECTIONS = 2  # of sizes that take longer, or less long, than the sum over their sub-layers
+PACE_TOLERANCE = 0.02
 
 
 def prune_by_obs(
@@ -35,6 +38,7 @@ def prune_by_obs(
     seed: int = 0,
     damping: float | None = 1e-2,
     reduce: Reduce | None = None,
+    pace: Callable[[PreTrainedModel], float] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A smaller model within a budget, and what is worth recording.
 
@@ -50,6 +54,8 @@ def prune_by_obs(
         seed: of the search.
         damping: of the last fit from bottom to top; None leaves that out.
         reduce: sums a tensor over all ranks.
+        pace: how many times as much as the table says a pruned model really costs; sizes are chosen again by what it says. None: the
+            table is exact.
 
     Raises:
         ValueError: the budget is below what can be reached.
@@ -71,11 +77,23 @@ def prune_by_obs(
         options, table, budget, lambda widths: loss(pruned_to(widths)), lambda widths: coarse(pruned_to(widths)),
         steps=steps, seed=seed,
     )  # fmt: skip
-    pruned = pruned_to(found.widths)
+    pruned, paces = pruned_to(found.widths), [1.0]
+    while pace is not None and len(paces) <= CORRECTIONS:
+        now = pace(pruned)
+        if abs(now / paces[-1] - 1) <= PACE_TOLERANCE:
+            break
+        logger.info("sizes of %.4g take %.3f times as much, chosen again", found.cost, now)
+        paces.append(now)
+        try:
+            found = chosen_again(found, options, table, budget / now)
+        except BudgetOutOfReach:  # it was within reach by the table itself, and the record says what it really costs
+            break
+        pruned = pruned_to(found.widths)
     info: dict[str, Any] = {
         "evaluations": found.evaluations,
-        "cost": found.cost,
-        "calibration_loss": {"pruned": found.loss},
+        "cost": found.cost * paces[-1],
+        "pace": paces[-1],
+        "calibration_loss": {"pruned": loss(pruned) if found.loss is None else found.loss},
     }
     if damping is not None:
         fitted = pruned_to(found.widths)
@@ -83,7 +101,7 @@ def prune_by_obs(
         info["calibration_loss"]["fitted"] = after = loss(fitted)
         logger.info("calibration loss %.5f after the fit from bottom to top", after)
         # On few tokens the fit may learn their noise, which the rows of `loss` do not share.
-        if found.loss is None or after <= found.loss:
+        if after <= info["calibration_loss"]["pruned"]:
             pruned = fitted
     return pruned, info
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -202,6 +202,17 @@ def find_sizes(
     logger.info("calibration loss %.5f after %d evaluations", best[0], len(known))
     widths = _pairs(best[1])
     return Found(widths, table.total(widths), best[0], len(known), best[2])
+
+
+def chosen_again(found: Found, options: Sequence[Options], table: CostTable, budget: float) -> Found:
+    """Sizes for another budget by the coefficients of a search; their loss is not measured.
+
+    Raises:
+        BudgetOutOfReach: as `find_sizes`.
+    """
+    check_reachable(options, table, budget)
+    widths = _pairs(fit(options, found.coefficients, budget - table.fixed))
+    return replace(found, widths=widths, cost=table.total(widths), loss=None)
 
 
 def check_reachable(options: Sequence[Options], table: CostTable, budget: float) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -185,13 +186,11 @@ class RetrainingFreePruning(Stage):
             "budget": {"name": table.name, "asked": limit, "reached": info.pop("cost")},
             **info,
         }
-        if table.name == "latency_ms":
-            # Processes that measure at once slow each other down.
-            try:
-                if process_state().is_main_process:
-                    info["latency_ms"] = self._measured(model, pruned, table)
-            finally:
-                process_state().wait_for_everyone()
+        pace = info.pop("pace", 1.0)
+        if self.timed:
+            told = self._alone(lambda: self._measured(model, pruned, table))
+            if told is not None:
+                info["latency_ms"] = {**told, "predicted": told["predicted"] * pace, "pace": pace}
         return pruned, info
 
     def _obs(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
@@ -218,6 +217,7 @@ class RetrainingFreePruning(Stage):
         pruned, info = prune_by_obs(
             model, calls, database, table, limit, loss, coarse,
             steps=self.search_steps, seed=context.seed, damping=self.fit_damping, reduce=sum_over_ranks,
+            pace=(lambda pruned: self._pace(model, pruned, table)) if self.timed else None,
         )  # fmt: skip
         told = {"sampled_tokens": database.about["tokens"], "database_seconds": round(made - start, 1)}
         return pruned, table, limit, {**told, **info}
@@ -291,6 +291,19 @@ class RetrainingFreePruning(Stage):
         asked: Any = self.macs if self.macs is not None else self.params
         number = parse(asked, table.name)
         return number if isinstance(number, int) else math.floor(number * int(now))
+
+    def _pace(self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable) -> float:
+        """How many times as long as the table says a pruned model takes: its sub-layers share caches that each had to itself."""
+        told = self._alone(lambda: self._measured(model, pruned, table))
+        ratio = 0.0 if told is None else told["measured"] / told["predicted"]
+        return float(sum_over_ranks(torch.tensor([ratio], dtype=torch.float64))[0])
+
+    def _alone(self, measure: Callable[[], dict[str, float]]) -> dict[str, float] | None:
+        """What the main process measures while the others wait, since processes that measure at once slow each other down."""
+        try:
+            return measure() if process_state().is_main_process else None
+        finally:
+            process_state().wait_for_everyone()
 
     def _measured(self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable) -> dict[str, float]:
         """Predicted and measured milliseconds of the result, with what came in timed in the same turns.
