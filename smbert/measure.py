@@ -257,6 +257,7 @@ def latency_on(
     dtype: torch.dtype = torch.float32,
     threads: int | None = None,
     disable_tqdm: bool = False,
+    percentiles: Sequence[int] = (50, 95),
 ) -> Latencies:
     """Times forward passes on tokenised text with its real lengths and padding; otherwise the same as `latency`.
 
@@ -265,6 +266,7 @@ def latency_on(
         batches: model inputs, each tensor (batch, seq); or one such list for each model, where tokenizers differ. All of
             them are run equally often. Labels are left out, so that no loss is timed.
         label: name of the text in the result, where `latency` has the shape.
+        percentiles: of the runs of each model that are returned, as "p50".
 
     Raises:
         ValueError: as `latency`, or no batches, or lists of unequal length.
@@ -281,7 +283,7 @@ def latency_on(
     }
     settings = _Settings(warmup, min_runs, min_seconds, dtype, threads, disable_tqdm)
     with _conditions(models, settings):
-        timed = _in_turns(models, plain, label, settings)
+        timed = _in_turns(models, plain, label, settings, percentiles)
     return {name: {label: summary} for name, summary in timed.items()}
 
 
@@ -363,6 +365,7 @@ def _in_turns(
     inputs: Mapping[str, Sequence[Mapping[str, Tensor]]],
     label: str,
     settings: _Settings,
+    percentiles: Sequence[int] = (50, 95),
 ) -> dict[str, dict[str, float]]:
     """Runs every model once per round; the batches come in turns too, all of them equally often."""
     warmup, min_runs = settings.warmup, settings.min_runs
@@ -386,7 +389,7 @@ def _in_turns(
             turn += 1
             progress.update()
     return {
-        name: {"p50": float(np.median(values)) * 1e3, "p95": float(np.percentile(values, 95)) * 1e3}
+        name: {f"p{share}": float(np.percentile(values, share)) * 1e3 for share in percentiles}
         for name, values in seconds.items()
     }
 

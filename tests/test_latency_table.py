@@ -50,7 +50,7 @@ def test_the_sum_is_the_whole_model(tmp_path, monkeypatch):
         with torch.no_grad():
             for name, one in models.items():
                 one(**batches[name][0])
-        return {name: {"ms": {"p50": times[name]}} for name in models}
+        return {name: {"ms": {"p10": times[name]}} for name in models}
 
     monkeypatch.setattr(module, "latency_on", timed)
     model = tiny("bert", layers=2)
@@ -147,7 +147,7 @@ def test_a_table_behind_onnx_runtime(family, tmp_path, monkeypatch):
 
     def timed(models, batches, **options):
         seen.update({name: one(**batches[0]) for name, one in models.items()})
-        return {name: {"ms": {"p50": 1.0 + number}} for number, name in enumerate(models)}
+        return {name: {"ms": {"p10": 1.0 + number}} for number, name in enumerate(models)}
 
     model = tiny(family, layers=2)
     with monkeypatch.context() as patch:
@@ -246,7 +246,7 @@ def test_timed_and_left_with_the_models_own_attention(context, tmp_path, monkeyp
     def timed(models, batches, **options):
         seen.extend(one.config._attn_implementation for one in models.values() if hasattr(one, "config"))
         ms = {"whole": 20.0, "empty": 2.0}
-        return {name: {"ms": {"p50": ms.get(name) or 1 + float(name.split()[1])}} for name in models}
+        return {name: {"ms": {"p10": ms.get(name) or 1 + float(name.split()[1])}} for name in models}
 
     monkeypatch.setattr(module, "latency_on", timed)
     monkeypatch.setattr(RetrainingFreePruning, "_measured", lambda *_: {"predicted": 1.0, "measured": 1.0})

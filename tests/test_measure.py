@@ -294,6 +294,10 @@ def test_slow_models_stop_at_the_time_and_fast_ones_at_the_runs(monkeypatch: pyt
     assert runs([60.0], min_runs=2, min_seconds=5)[0] == 2
     _, figures = runs([0.001, 0.002, 0.003, 0.004, 0.1], min_runs=5)
     assert figures["p50"] == pytest.approx(3.0) and figures["p95"] == pytest.approx(80.8)  # milliseconds
+    text = [dict.fromkeys(("input_ids", "attention_mask"), torch.ones(1, 2, dtype=torch.long))]
+    slow = {"m": Slow([0.001, 0.002, 0.003, 0.004, 0.1], [])}
+    asked = latency_on(slow, text, **{**QUICK, "warmup": 0, "min_runs": 5}, percentiles=(0, 25))
+    assert asked["m"]["mix"] == {"p0": pytest.approx(1.0), "p25": pytest.approx(2.0)}
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -31,6 +31,9 @@ from .stream import record
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+# Whatever else the machine does only adds time, and it comes and goes: the median of some sizes would be of one state and that of
+# others of another.
+UNDISTURBED = 10  # percentile
 _MACHINE = ("cpu", "isa", "cores", "gpu", "torch", "platform")  # entries of `environment` on which times depend
 
 
@@ -175,14 +178,14 @@ def _changes(old: Any, new: Any) -> list[str]:
 def whole_models_ms(
     models: Mapping[str, PreTrainedModel], conditions: Conditions, *, warmup: int = 3, min_runs: int, min_seconds: float
 ) -> dict[str, float]:
-    """Median milliseconds of models, timed in turns."""
+    """Undisturbed milliseconds of models, timed in turns."""
     inputs = _inputs(next(iter(models.values())), conditions)
     with served(models, conditions.engine, conditions.threads) as modules:
         timed = latency_on(
             modules, [inputs], label="ms", warmup=warmup, min_runs=min_runs, min_seconds=min_seconds, threads=conditions.threads,
-            disable_tqdm=True,
+            disable_tqdm=True, percentiles=(UNDISTURBED,),
         )  # fmt: skip
-    return {name: figures["ms"]["p50"] for name, figures in timed.items()}
+    return {name: figures["ms"][f"p{UNDISTURBED}"] for name, figures in timed.items()}
 
 
 def _inputs(model: PreTrainedModel, conditions: Conditions) -> dict[str, Tensor]:
@@ -225,7 +228,7 @@ Sizes = tuple[list[int], list[int]]  # of heads, of neurons
 def _layers_in_torch(
     model: PreTrainedModel, sizes: Sizes, conditions: Conditions, min_runs: int, min_seconds: float
 ) -> dict[str, float]:
-    """Median milliseconds of "whole", "empty", and of a layer alone of each size: "0 8" for eight heads, "1 512" for neurons."""
+    """Undisturbed milliseconds of "whole", "empty", and of a layer alone of each size: "0 8" for eight heads, "1 512" for neurons."""
     inputs = _inputs(model, conditions)
     calls, widest = record(model, [inputs]), _widest(model)
     models: dict[str, nn.Module] = {"whole": model, "empty": _emptied(model)}
@@ -235,9 +238,9 @@ def _layers_in_torch(
         batches[name] = [{"hidden_states": calls.states[0]}]
     timed = latency_on(
         models, batches, label="ms", warmup=2, min_runs=min_runs, min_seconds=min_seconds / len(models),
-        threads=conditions.threads, disable_tqdm=True,
+        threads=conditions.threads, disable_tqdm=True, percentiles=(UNDISTURBED,),
     )  # fmt: skip
-    return {name: figures["ms"]["p50"] for name, figures in timed.items()}
+    return {name: figures["ms"][f"p{UNDISTURBED}"] for name, figures in timed.items()}
 
 
 def _models_behind_engine(
