@@ -10,7 +10,7 @@ from tiny_models import tiny
 
 from smbert.measure import count_parameters, macs
 from smbert.retraining_free.cost_table import CostTable, counted_costs
-from smbert.retraining_free.search import Options, check_reachable, find_sizes, fit, options_of
+from smbert.retraining_free.search import Options, check_reachable, chosen_again, find_sizes, fit, options_of
 from smbert.surgery import PruningPlan, keep_units, structure_of
 
 
@@ -135,6 +135,26 @@ def test_the_search_never_makes_it_worse_and_repeats_itself():
     assert after.loss < before.loss and after.cost <= 18
     assert (after.widths, after.loss) == (again.widths, again.loss)
     assert before.evaluations < after.evaluations <= before.evaluations + 40
+
+
+def test_a_rough_loss_leads_the_search_and_the_real_one_judges_the_finalists():
+    options, table, loss = planted([5.0, 1.0, 4.0, 2.0, 3.0, 1.5, 5.0, 0.5])
+    rough_of, judged = {}, []
+
+    def rough(widths):
+        widths = tuple(widths)
+        return rough_of.setdefault(widths, loss(widths) * random.Random(f"3{widths}").uniform(0.3, 1.7))
+
+    def real(widths):
+        judged.append(tuple(widths))
+        return loss(widths)
+
+    found = find_sizes(options, table, 18, real, rough, steps=40)
+    within = [widths for widths in rough_of if table.total(widths) <= 18]
+    assert judged == sorted(within, key=rough_of.__getitem__)[:4] and len(within) > 20
+    assert found.loss == min(map(loss, judged)) == loss(found.widths) and found.evaluations == len(within)
+    assert found.loss < loss(judged[0])  # what looked best was not
+    assert chosen_again(found, options, table, 18).widths == found.widths  # the coefficients are those of the winner
 
 
 def test_out_of_reach_says_the_smallest():

@@ -34,7 +34,7 @@ def prune_by_obs(
     loss: CalibrationLoss,
     coarse: CalibrationLoss,
     *,
-    steps: int = 30,
+    steps: int = 90,
     seed: int = 0,
     damping: float | None = 1e-2,
     reduce: Reduce | None = None,
@@ -49,7 +49,7 @@ def prune_by_obs(
         table: costs of the database's sizes.
         budget: in the table's unit.
         loss: the calibration loss on other rows, by which the search judges sizes.
-        coarse: the same on fewer rows, which tells what each sub-layer alone does.
+        coarse: the same on fewer rows, which tells what each sub-layer alone does and leads the search.
         steps: of the search.
         seed: of the search.
         damping: of the last fit from bottom to top; None leaves that out.

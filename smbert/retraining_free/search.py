@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _BUCKETS = 20_000  # resolution of costs that are not small integers
 _SPREAD = 0.7  # standard deviation of a coefficient's change, in natural logarithms
 _SHARE = 0.2  # of the coefficients that change at a time
+_FINALISTS = 4  # of a search by a rough loss, which the real one judges
 
 Loss = Callable[[Widths], float]
 
@@ -147,7 +148,7 @@ def find_sizes(
     loss: Loss | None = None,
     coarse: Loss | None = None,
     *,
-    steps: int = 30,
+    steps: int = 90,
     seed: int = 0,
 ) -> Found:
     """Sizes with a small loss that cost at most `budget`.
@@ -157,7 +158,8 @@ def find_sizes(
         table: with the same costs; its fixed part counts.
         budget: in the table's unit.
         loss: calibration loss of a model of given widths; None: coefficients of one, and no search.
-        coarse: a cheaper one, which says what each sub-layer alone does; None: `loss`.
+        coarse: a cheaper one, which says what each sub-layer alone does and by which the search goes, before `loss` judges its
+            finalists: more sizes that are judged roughly end better than fewer judged well. None: `loss`.
         steps: sizes that the search tries beside the measurement of each sub-layer alone; 0: only the latter.
         seed: of the search.
 
@@ -170,21 +172,18 @@ def find_sizes(
     if loss is None:
         widths = _pairs(fit(options, [1.0] * count, room))
         return Found(widths, table.total(widths), coefficients=[1.0] * count)
-    known: dict[tuple[tuple[int, int], ...], float] = {}
+    rough = coarse or loss
+    known: dict[tuple[tuple[int, int], ...], tuple[float, list[float]]] = {}  # the loss of sizes, what led to them
 
-    def measured(sizes: Sequence[int]) -> float:
-        widths = tuple(_pairs(sizes))
+    def attempt(coefficients: Sequence[float]) -> tuple[float, list[float]]:
+        widths = tuple(_pairs(fit(options, coefficients, room)))
         if widths not in known:
-            known[widths] = loss(widths)
-        return known[widths]
-
-    def attempt(coefficients: Sequence[float]) -> tuple[float, list[int], list[float]]:
-        sizes = fit(options, coefficients, room)
-        return measured(sizes), sizes, list(coefficients)
+            known[widths] = rough(widths), list(coefficients)
+        return known[widths][0], list(coefficients)
 
     # Not everywhere is a sub-layer's own effect what counts once others are pruned too, hence the plain start beside it.
     best = min(
-        (attempt(start) for start in (_sensitivities(options, coarse or loss), [1.0] * count)),
+        (attempt(start) for start in (_sensitivities(options, rough), [1.0] * count)),
         key=lambda found: found[0],
     )
     logger.info("calibration loss %.5f before the search", best[0])
@@ -193,15 +192,17 @@ def find_sizes(
         if tried >= steps:
             break
         changed = rng.random(count) < _SHARE
-        coefficients = np.asarray(best[2]) * np.exp(np.where(changed, rng.normal(0, _SPREAD, count), 0))
+        coefficients = np.asarray(best[1]) * np.exp(np.where(changed, rng.normal(0, _SPREAD, count), 0))
         before = len(known)
         found = attempt(coefficients.tolist())
         tried += len(known) - before
         if found[0] < best[0]:
             best = found
-    logger.info("calibration loss %.5f after %d evaluations", best[0], len(known))
-    widths = _pairs(best[1])
-    return Found(widths, table.total(widths), best[0], len(known), best[2])
+    finalists = sorted(known, key=lambda sizes: known[sizes][0])[: _FINALISTS if coarse else 1]
+    judged = {sizes: loss(sizes) if coarse else known[sizes][0] for sizes in finalists}
+    winner = min(finalists, key=judged.__getitem__)
+    logger.info("calibration loss %.5f after %d evaluations", judged[winner], len(known))
+    return Found(list(winner), table.total(winner), judged[winner], len(known), known[winner][1])
 
 
 def chosen_again(found: Found, options: Sequence[Options], table: CostTable, budget: float) -> Found:

@@ -84,7 +84,7 @@ class RetrainingFreePruning(Stage):
     samples: int = 2048
     batch_size: int = 32
     calibration: int = 256
-    search_steps: int = 30
+    search_steps: int = 90
     ffn_levels: int = 16
     damping: float = 1e-4
     database: str | None = None
