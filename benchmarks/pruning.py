@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--speedups", default="1.33,1.5,2,3,4", help="budgets: MACs over so much (default: %(default)s)"
     )
     parser.add_argument("--samples", type=int, default=2048, help="training rows that are seen (default: %(default)s)")
-    parser.add_argument("--search-steps", type=int, default=30, help="of obs (default: %(default)s)")
+    parser.add_argument("--search-steps", type=int, default=90, help="of obs (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample of rows (default: %(default)s)")
     parser.add_argument("--no-int8-teacher", action="store_true", help="leave out the teacher in int8")
