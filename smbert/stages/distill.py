@@ -82,7 +82,7 @@ class Distill(TrainingStage):
             isinstance(full, bool) or not isinstance(full, int | float) or not 0 < full < math.inf
         ):
             raise ValueError(
-                f"`full_rate_at` must be a number above 0, got {full!r}. To resolve, leave it out, or try 0.04."
+                f"`full_rate_at` must be a number above 0, got {full!r}. To resolve, leave it out, or try 0.08."
             )
         for name in ("teacher", "student"):
             object.__setattr__(self, name, as_text(getattr(self, name)))
