@@ -10,7 +10,8 @@ WHY these steps, in this order:
     has lost cannot be learned from that member.
  2. Pruning to a speed-up. For every attention and feed-forward block the weights are found that imitate it best with fewer heads or
     neurons (optimal brain surgery), for all sizes at once. A table of measured milliseconds, and what each block's loss does to the
-    answers, then choose the sizes, and once more where the model as a whole is slower or faster than the table says. So depth and width fall out of one search, for this machine; no labels are needed.
+    answers, then choose the sizes, and again where the model as a whole is slower or faster than the table says. So depth and width
+    fall out of one search, for this machine; no labels are needed.
  3. Recovery. The pruned model starts near its teacher, so a short training on the teacher's logits and hidden states repairs it. The
     nearer it is, the lower the learning rate: what has lost next to nothing has only that to lose. Faster members train longer.
  4. Again from 2, from the recovered model, to the next speed-up. Small steps with a recovery each end better than one leap, and every

@@ -484,9 +484,8 @@ def test_a_student_near_its_teacher_learns_slower_in_proportion(
     assert info["loss_log"][0]["learning_rate"] <= info["learning_rate"]  # of the schedule, and not only told
     _, far = replace(stage, full_rate_at=divergence / 2).run(student, context, tmp_path / "far")
     assert far["learning_rate"] == 1e-3
-    _, same = stage.run(
-        teacher, context, tmp_path / "same"
-    )  # nothing to learn, and still a rate that a schedule can have
+    # Nothing to learn, and still a rate that a schedule can have.
+    _, same = stage.run(teacher, context, tmp_path / "same")
     assert 0 < same["learning_rate"] < 1e-6
     assert "learning_rate" not in replace(stage, full_rate_at=None).run(student, context, tmp_path / "none")[1]
 

@@ -77,22 +77,21 @@ def prune_by_obs(
         options, table, budget, lambda widths: loss(pruned_to(widths)), lambda widths: coarse(pruned_to(widths)),
         steps=steps, seed=seed,
     )  # fmt: skip
-    pruned, paces = pruned_to(found.widths), [1.0]
-    while pace is not None and len(paces) <= CORRECTIONS:
-        now = pace(pruned)
-        if abs(now / paces[-1] - 1) <= PACE_TOLERANCE:
+    pruned, factor = pruned_to(found.widths), 1.0
+    for _ in range(CORRECTIONS):
+        if pace is None or abs((now := pace(pruned)) / factor - 1) <= PACE_TOLERANCE:
             break
         logger.info("sizes of %.4g take %.3f times as much, chosen again", found.cost, now)
-        paces.append(now)
+        factor = now
         try:
-            found = chosen_again(found, options, table, budget / now)
+            found = chosen_again(found, options, table, budget / factor)
         except BudgetOutOfReach:  # it was within reach by the table itself, and the record says what it really costs
             break
         pruned = pruned_to(found.widths)
     info: dict[str, Any] = {
         "evaluations": found.evaluations,
-        "cost": found.cost * paces[-1],
-        "pace": paces[-1],
+        "cost": found.cost * factor,
+        "pace": factor,
         "calibration_loss": {"pruned": loss(pruned) if found.loss is None else found.loss},
     }
     if damping is not None:

@@ -293,7 +293,7 @@ class RetrainingFreePruning(Stage):
         return number if isinstance(number, int) else math.floor(number * int(now))
 
     def _pace(self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable) -> float:
-        """How many times as long as the table says a pruned model takes: its sub-layers share caches that each had to itself."""
+        """How many times as long as the table says a pruned model takes: in a row its sub-layers need not take what each takes alone."""
         told = self._alone(lambda: self._measured(model, pruned, table))
         ratio = 0.0 if told is None else told["measured"] / told["predicted"]
         return float(sum_over_ranks(torch.tensor([ratio], dtype=torch.float64))[0])
