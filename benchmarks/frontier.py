@@ -8,9 +8,11 @@ taught), paper-recipe (the SmBERT chain), theseus (module replacing alone), trun
 small-taught (a ready small checkpoint, fine-tuned, or taught by the task's teacher), textbrewer (GeneralDistiller), textpruner. A peer
 whose package is not there is left out, and the report says so.
 
+With --pool-samples whatever learns from the teacher sees more text besides, without labels: the task's other rows, then --pool-task's.
+
 WHY the same steps: a member of the family has been recovered once for each speed-up up to its own, and whatever it is compared with
 trains for as long; the small checkpoint for as long as the last member, and its own family is recovered in addition. All start from, or
-learn from, one teacher and see the same rows. WHY in turns: a speed-up is the teacher's time over the model's in one process, all
+learn from, one teacher and see the same rows; only a teacher can make use of a pool. WHY in turns: a speed-up is the teacher's time over the model's in one process, all
 models of a cell one after the other.
 
  1. Per task and seed: the teacher.
@@ -32,6 +34,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import more_text
 from datasets import DatasetDict
 from frontier_methods import FIXED, OF_SMALL, SIZED, Bench, Shapes, Skipped
 from frontier_peers import absent
@@ -45,7 +48,7 @@ from smbert.cli import guarded, numbers, pairs
 from smbert.compress import MAJORITY, TEACHER, rows_of
 from smbert.context import Context
 from smbert.heads import with_head
-from smbert.inputs import as_recipe, tokenised
+from smbert.inputs import as_recipe, tokenised, tokenised_pool
 from smbert.measure import environment
 from smbert.recipe import Recipe
 from smbert.report import Report, Row
@@ -66,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", help="folder of the tasks' folders (default: the Hub)")
     parser.add_argument("--seeds", default="0", help="comma separated (default: %(default)s)")
     parser.add_argument("--max-train-samples", type=int, help="a fixed random subset of each task's training rows")
+    more_text.add_arguments(parser, "none")
     parser.add_argument("--speedups", default="2,4,6,10,15", help="at a batch of 32 x 128 (default: %(default)s)")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma separated (default: %(default)s)")
     parser.add_argument("--recipe", default="frontier", help="of the family: name or YAML file (default: %(default)s)")
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     encoder = encoder_of(args.model)
     settings = {
         "model": model_fingerprint(encoder), "speedups": speedups, "max_train_samples": args.max_train_samples,
-        "recipe": recipe.to_dict(), "paper_recipe": paper.to_dict(),
+        "pool_samples": args.pool_samples, "pool_task": args.pool_task, "recipe": recipe.to_dict(), "paper_recipe": paper.to_dict(),
     }  # fmt: skip
     data = {name: load_task(name, args.data_dir) for name in args.tasks.split(",")}  # all, before any work
     same_settings(out / "settings.json", settings)
@@ -112,9 +116,18 @@ def run(args: argparse.Namespace) -> None:
             }
             if wanted:
                 texts = limited(splits, args.max_train_samples, seed)
+                more = None
+                if args.pool_samples:
+                    own = len(texts["train"])
+                    more = more_text.unlabelled(
+                        task, splits["train"], own, args.pool_samples, seed, args.pool_task, args.data_dir
+                    )
+                pool, pool_texts = tokenised_pool(more, task, tokenizer, recipe.max_length)
                 context = Context(
                     tokenizer=tokenizer,
                     data=tokenised(task, texts, tokenizer, recipe.max_length),
+                    pool=pool,
+                    pool_texts=pool_texts,
                     cache_dir=out / "cache",
                     args={"disable_tqdm": True} if args.disable_tqdm else {},
                     seed=seed,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from frontier_peers import TEXTPRUNER_FAMILIES, rows_file, run_peer, with_weights
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
@@ -83,9 +83,9 @@ class Bench:
 
     def steps(self, speedup: float) -> int:
         """Optimiser steps of the family up to this member, and so of every method that is compared with it."""
-        rows, members = len(self.texts["train"]), [s for s in self.speedups if s <= speedup]
+        members = [s for s in self.speedups if s <= speedup]
         trained = (trained_for(stage, member) for member in members for stage in self.recipe.stages)
-        return sum(steps_of(stage, rows) for stage in trained if isinstance(stage, TrainingStage))
+        return sum(steps_of(stage, self.context) for stage in trained if isinstance(stage, TrainingStage))
 
     def sizes(self, kind: str, speedup: float) -> Sizes:
         """Raises Skipped where no shape of this kind reaches the speed-up."""
@@ -101,20 +101,23 @@ class Bench:
 # ---------------------------------------------------------------------------------------------------------- steps and shapes
 
 
-def steps_of(stage: TrainingStage, rows: int) -> int:
-    """Optimiser steps of a stage on so many rows."""
+def steps_of(stage: TrainingStage, context: Context) -> int:
+    """Optimiser steps of a stage on the task's rows and, where it learns from a teacher, the pool's."""
     if stage.max_steps > 0:
         return stage.max_steps
+    rows = len(context.data.train)
+    if isinstance(stage, Distill) and context.pool is not None:
+        rows = {"task": rows, "pool": len(context.pool)}.get(stage.data, rows + len(context.pool))
     rows = min(rows, stage.max_train_samples or rows)
     return max(1, math.ceil(stage.epochs * math.ceil(rows / stage.batch_size)))
 
 
-def with_steps(recipe: Recipe, total: int, rows: int) -> Recipe:
+def with_steps(recipe: Recipe, total: int, context: Context) -> Recipe:
     """The recipe with `total` optimiser steps, shared out among its training stages as they share them now; each has at least one.
 
     A replacing rate that grows by a fixed amount per step would not reach 1 in fewer steps, so its growth is scaled as well.
     """
-    own = [steps_of(s, rows) if isinstance(s, TrainingStage) else 0 for s in recipe.stages]
+    own = [steps_of(s, context) if isinstance(s, TrainingStage) else 0 for s in recipe.stages]
     stages: list[Stage] = []
     for place, stage in enumerate(recipe.stages):
         if isinstance(stage, TrainingStage):
@@ -206,7 +209,7 @@ def member(bench: Bench, start: Path, name: str, speedups: Sequence[float], want
         try:
             compress_family(
                 start, speedups, bench.recipe, output_dir=folder, task=bench.context.data.task, train_dataset=bench.texts["train"],
-                eval_dataset=bench.texts["validation"], args=bench.context.args, seed=bench.context.seed, int8_teacher=False,
+                eval_dataset=bench.texts["validation"], unlabelled_dataset=bench.context.pool_texts, args=bench.context.args, seed=bench.context.seed, int8_teacher=False,
                 command="benchmarks/frontier.py",
             )  # fmt: skip
         except BudgetOutOfReach as error:
@@ -225,9 +228,7 @@ def paper_recipe(bench: Bench, speedup: float) -> Made:
     """The SmBERT paper's chain to a uniform shape."""
     chain = with_sizes(bench.paper, bench.teacher, bench.sizes("uniform", speedup))
     start = bench.teacher if chain.start == "teacher" else bench.raw
-    return trained(
-        bench, "paper-recipe", speedup, with_steps(chain, bench.steps(speedup), len(bench.texts["train"])), start
-    )
+    return trained(bench, "paper-recipe", speedup, with_steps(chain, bench.steps(speedup), bench.context), start)
 
 
 def theseus(bench: Bench, speedup: float) -> Made:
@@ -252,7 +253,7 @@ def textbrewer(bench: Bench, speedup: float) -> Made:
     record = run_peer(
         "textbrewer", sys.executable, folder / "student",
         "--teacher", bench.folder / "00-teacher", "--student", folder / chain.folder_names[-1],
-        "--train", rows_file(bench.context, "train", bench.folder), "--steps", bench.steps(speedup), "--seed", bench.context.seed,
+        "--train", rows_file(bench.context, "train", bench.folder, pool=True), "--steps", bench.steps(speedup), "--seed", bench.context.seed,
     )  # fmt: skip
     return Made(load_model(folder / "student"), record["seconds"])
 
@@ -284,8 +285,12 @@ def small(bench: Bench, speedup: float) -> Made:
 def small_taught(bench: Bench, speedup: float) -> Made:
     """The same, taught by the teacher's logits on the training texts, since the two may have different tokenizers."""
     context, folder = of_small(bench), bench.folder / f"{Path(bench.small or '').name}-pool"
+    columns = list(context.data.task.text_columns)
+    texts = [
+        rows.select_columns(columns) for rows in (bench.texts["train"], bench.context.pool_texts) if rows is not None
+    ]
     label_pool(
-        bench.teacher, bench.context.tokenizer, context.data.task, bench.texts["train"], folder,
+        bench.teacher, bench.context.tokenizer, context.data.task, concatenate_datasets(texts), folder,
         exclude=bench.texts["validation"], max_length=bench.recipe.max_length, disable_tqdm=context.disable_tqdm,
     )  # fmt: skip
     rows = read_pool(folder).tokenised(context.data.task, context.tokenizer, bench.recipe.max_length)
@@ -338,7 +343,7 @@ def of_small(bench: Bench) -> Context:
     """The task in the small checkpoint's own tokens; no teacher, whose tokens these are not."""
     tokenizer = AutoTokenizer.from_pretrained(bench.small)
     data = tokenised(bench.context.data.task, bench.texts, tokenizer, bench.recipe.max_length)
-    return replace(bench.context, tokenizer=tokenizer, data=data, teacher=None)
+    return replace(bench.context, tokenizer=tokenizer, data=data, pool=None, pool_texts=None, teacher=None)
 
 
 def trained_small(bench: Bench, how: str, stage: Stage, context: Context) -> Made:

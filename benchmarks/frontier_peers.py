@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from smbert.context import Context
 from smbert.surgery import PruningPlan, keep_units
 from smbert.target import Sizes
-from smbert.teacher import freeze
+from smbert.teacher import freeze, join_unlabelled
 
 PEERS = Path(__file__).with_name("peers")
 TEXTPRUNER_FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
@@ -56,11 +56,11 @@ def run_peer(name: str, python: str | None, out: Path, *arguments: Any) -> dict[
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def rows_file(context: Context, split: str, folder: Path) -> Path:
-    """The split's token ids and labels as JSON lines, which every library can read; written once."""
-    file = folder / f"{split}.jsonl"
+def rows_file(context: Context, split: str, folder: Path, pool: bool = False) -> Path:
+    """The split's token ids and labels as JSON lines, which every library can read; written once. The pool's have no label's value."""
+    file = folder / f"{split}{'-and-pool' if pool else ''}.jsonl"
     if not file.is_file():
-        rows = getattr(context.data, split)
+        rows = join_unlabelled(getattr(context.data, split), context.pool if pool else None, context.data.task)
         columns = [c for c in rows.column_names if c == "labels" or c in context.tokenizer.model_input_names]
         part = file.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in rows.select_columns(columns)), encoding="utf-8")

@@ -27,8 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import more_text
 import numpy as np
-from datasets import concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from smbert._int8_row import with_int8_teacher
@@ -37,7 +37,7 @@ from smbert.cli import guarded, pairs
 from smbert.compress import STUDENT, TEACHER, UNDISTILLED, rows_of, undistilled, untaught_start
 from smbert.context import Context
 from smbert.heads import with_head
-from smbert.inputs import as_recipe, tokenised
+from smbert.inputs import as_recipe, tokenised, tokenised_pool
 from smbert.measure import environment
 from smbert.recipe import Recipe
 from smbert.report import Report, Row
@@ -71,12 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--intermediate-epochs", type=float, help="of the teacher on the intermediate task (default: the recipe's)"
     )
-    parser.add_argument(
-        "--pool-samples",
-        type=int,
-        help="fill the student's rows up to so many with text: the task's other rows, then --pool-task's, without labels",
-    )
-    parser.add_argument("--pool-task", help="whose text fills up (default: the intermediate task's)")
+    more_text.add_arguments(parser, "the intermediate task's")
     parser.add_argument("--output", required=True, help="folder for stages, cells and the report")
     parser.add_argument(
         "--student-steps", type=int, help="of the last stage on the tasks themselves (default: the recipe's)"
@@ -175,25 +170,20 @@ def compressed_encoder(
 
 
 def with_pool(args: argparse.Namespace, recipe: Recipe, context: Context) -> tuple[Recipe, Context]:
-    """The student's rows filled up with text: first the task's own rows that the teacher has not seen, then --pool-task's.
-
-    None of it carries a label. A task of single texts takes nothing from one of pairs.
-    """
-    own = rest = context.data.train.shuffle(seed=context.seed)
+    """The student's rows filled up with text that carries no label."""
+    own, task = context.data.train.shuffle(seed=context.seed), context.data.task
+    assert context.data.texts is not None
+    source = args.pool_task or args.intermediate
     if args.max_train_samples is not None and args.max_train_samples < len(own):
         own = own.select(range(args.max_train_samples))  # the rows that the teacher saw
-    pools = [rest.select(range(len(own), len(rest)))] if len(own) < len(rest) else []
-    if source := args.pool_task or args.intermediate:
-        task, data = load_task(source, args.data_dir)
-        if len(task.text_columns) == len(context.data.task.text_columns):
-            pools.append(tokenised(task, data, context.tokenizer, recipe.max_length).train.shuffle(seed=context.seed))
-    missing = min(args.pool_samples - len(own), sum(map(len, pools)))
-    if missing <= 0:
+    texts = more_text.unlabelled(
+        task, context.data.texts["train"], len(own), args.pool_samples, context.seed, source, args.data_dir
+    )
+    if texts is None:
         return recipe, context
-    columns = [c for c in own.column_names if c != "labels"]
-    pool = concatenate_datasets([p.select_columns(columns) for p in pools])
-    filled = replace(context, data=replace(context.data, train=own), pool=pool.select(range(missing)))
-    return limited(recipe, len(own) + missing), filled
+    pool, texts = tokenised_pool(texts, task, context.tokenizer, recipe.max_length)
+    filled = replace(context, data=replace(context.data, train=own), pool=pool, pool_texts=texts)
+    return limited(recipe, len(own) + len(texts)), filled
 
 
 def cell(

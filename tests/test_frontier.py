@@ -34,6 +34,7 @@ from smbert.retraining_free.search import BudgetOutOfReach, check_reachable
 from smbert.stages import DepthReduction, Distill, Finetune
 from smbert.surgery import PruningPlan, keep_layers, keep_units, structure_of
 from smbert.target import Sizes
+from smbert.tasks import glue_task
 from smbert.trainer import SmbertTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +66,7 @@ def module(name: str) -> Any:
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("frontier", "frontier_methods", "frontier_peers"):
+    for name in ("frontier", "frontier_methods", "frontier_peers", "more_text"):
         sys.modules.pop(name, None)
 
 
@@ -104,7 +105,7 @@ def command(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     (tmp_path / "paper.yaml").write_text(PAPER)
     return [
         "--model", str(tmp_path / "raw"), "--tasks", "rte", "--data-dir", str(tmp_path / "data"), "--speedups", "2,6",
-        "--max-train-samples", "24", "--recipe", str(tmp_path / "family.yaml"), "--paper-recipe", str(tmp_path / "paper.yaml"),
+        "--max-train-samples", "24", "--pool-samples", "36", "--recipe", str(tmp_path / "family.yaml"), "--paper-recipe", str(tmp_path / "paper.yaml"),
         "--set", "distill.max_steps=3", "--disable-tqdm", "--output", str(tmp_path / "out"),
     ]  # fmt: skip
 
@@ -173,6 +174,14 @@ def test_every_method_in_every_cell_and_resumed(
         json.loads((out / "rte-0" / f"textbrewer-{s}x" / "student" / "peer.json").read_text())["steps"] for s in (2, 6)
     ]
     assert taught == [3, 8]
+    # The task's other rows teach whoever learns from the teacher.
+    seen = {
+        folder.name: json.loads(next(folder.glob("[0-9]*-distill/stage.json")).read_text())["train_rows"]
+        for folder in [out / "rte-0" / "paper-recipe-2x", *(out / "rte-0" / "family").glob("*x")]
+    }
+    assert seen == dict.fromkeys(("paper-recipe-2x", "2x", "6x"), 36)
+    lines = [len((out / "rte-0" / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "train-and-pool")]
+    assert lines == [24, 36]
 
     # The small checkpoint comes with a second command, and nothing else is made again.
     done = lambda _, __, out, *___: json.loads((out / "peer.json").read_text())  # noqa: E731
@@ -189,7 +198,8 @@ def test_every_method_in_every_cell_and_resumed(
     assert [row for row in again.rows if row not in added] == report.rows
     for name in ("mini-fine-tuned", "mini-taught"):
         record = json.loads((out / "rte-0" / name / "01-training" / "stage.json").read_text())
-        assert record["optimiser_steps"] == 8 and record["train_rows"] == 24
+        rows = 24 if name == "mini-fine-tuned" else 36
+        assert record["optimiser_steps"] == 8 and record["train_rows"] == rows
 
     monkeypatch.setattr(frontier, "cell", None)
     monkeypatch.setattr(SmbertTrainer, "train", None)
@@ -199,6 +209,8 @@ def test_every_method_in_every_cell_and_resumed(
     assert frontier.main(command[:-2]) == 2 and "pass its --small-model again" in capsys.readouterr().err
     assert frontier.main([*command[:-1], str(tmp_path / "raw")]) == 2
     assert "other settings (small_model)" in capsys.readouterr().err
+    assert frontier.main([*command, "--pool-samples", "30"]) == 2
+    assert "other settings (pool_samples)" in capsys.readouterr().err
     assert frontier.main([*command, "--set", "distill.max_steps=4"]) == 2
     error = capsys.readouterr().err
     assert "other settings (recipe)" in error and "To resolve" in error
@@ -257,15 +269,49 @@ def test_a_member_out_of_reach_is_skipped_and_other_errors_are_not(
         methods.smbert(bench, 4.0)
 
 
-def test_steps_are_shared_out_as_the_recipe_shares_them() -> None:
-    methods = module("frontier_methods")
-    assert methods.steps_of(Finetune(epochs=1.5, batch_size=8), 20) == 5  # three batches an epoch
-    assert methods.steps_of(Finetune(epochs=2, batch_size=8, max_train_samples=8), 20) == 2
-    assert methods.steps_of(Finetune(max_steps=7), 20) == 7
+def test_steps_are_shared_out_as_the_recipe_shares_them(tmp_path: Path) -> None:
+    methods, context = module("frontier_methods"), tiny_context(tmp_path)
+    rows = len(context.data.train)
+    few = replace(context, data=replace(context.data, train=context.data.train.select(range(20))))
+    assert methods.steps_of(Finetune(epochs=1.5, batch_size=8), few) == 5  # three batches an epoch
+    assert methods.steps_of(Finetune(epochs=2, batch_size=8, max_train_samples=8), few) == 2
+    assert methods.steps_of(Finetune(max_steps=7), few) == 7
+    with_pool = replace(few, pool=context.data.train.remove_columns("labels"))
+    for stage, seen in (
+        (Distill(batch_size=4), 20 + rows),
+        (Distill(batch_size=4, data="pool"), rows),
+        (Distill(batch_size=4, data="task"), 20),
+        (Finetune(batch_size=4), 20),
+    ):
+        assert methods.steps_of(replace(stage, epochs=1), with_pool) == -(-seen // 4)
     chain = Recipe((DepthReduction(max_steps=250, slope=0.1), Distill(max_steps=450), Finetune(max_steps=50)))
-    depth, distill, last = methods.with_steps(chain, 15, 100).stages
+    depth, distill, last = methods.with_steps(chain, 15, few).stages
     assert [s.max_steps for s in (depth, distill, last)] == [5, 9, 1] and depth.slope is None
-    assert [s.max_steps for s in methods.with_steps(chain, 1, 100).stages] == [1, 1, 1]
+    assert [s.max_steps for s in methods.with_steps(chain, 1, few).stages] == [1, 1, 1]
+
+
+def test_text_without_labels_is_the_tasks_other_rows_and_then_another_tasks(tmp_path: Path) -> None:
+    unlabelled, rows = module("more_text").unlabelled, 12
+    columns = {"premise": [f"p{i}" for i in range(rows)], "hypothesis": [f"h{i}" for i in range(rows)]}
+    (tmp_path / "mnli").mkdir()
+    labelled = Dataset.from_dict({**columns, "label": [i % 3 for i in range(rows)]})
+    labelled.to_parquet(str(tmp_path / "mnli" / "train.parquet"))
+    pairs = {"sentence1": [f"a{i}" for i in range(10)], "sentence2": [f"b{i}" for i in range(10)]}
+    train = Dataset.from_dict({**pairs, "label": [i % 2 for i in range(10)]})
+    seen = set(train.shuffle(seed=3).select(range(6))["sentence1"])
+    found = unlabelled(glue_task("rte"), train, 6, 15, 3, "mnli", str(tmp_path))
+    assert found.column_names == ["sentence1", "sentence2"] and len(found) == 9
+    assert set(found["sentence1"][:4]) == set(train["sentence1"]) - seen
+    assert all(
+        one[0] == "p" and other == f"h{one[1:]}"
+        for one, other in zip(found["sentence1"], found["sentence2"])
+        if one[0] != "a"
+    )
+    assert len(unlabelled(glue_task("rte"), train, 6, 99, 3, "mnli", str(tmp_path))) == 4 + rows
+    assert unlabelled(glue_task("rte"), train, 6, 6, 3, "mnli", str(tmp_path)) is None
+    assert unlabelled(glue_task("rte"), train, 10, 99, 3) is None
+    single = Dataset.from_dict({"sentence": ["one", "two"], "label": [0, 1]})
+    assert len(unlabelled(glue_task("sst2"), single, 1, 99, 3, "mnli", str(tmp_path))) == 1  # pairs are no single texts
 
 
 def test_shapes_are_the_largest_that_are_fast_enough_and_are_measured_once(

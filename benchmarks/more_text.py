@@ -1,0 +1,56 @@
+"""Text without labels for the benchmarks: what a student may learn from beside the rows that its teacher saw."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from smbert.tasks import Task, load_task
+
+
+def add_arguments(parser: argparse.ArgumentParser, default_task: str) -> None:
+    parser.add_argument(
+        "--pool-samples",
+        type=int,
+        help="fill the student's rows up to so many with text: the task's other rows, then --pool-task's, without labels",
+    )
+    parser.add_argument("--pool-task", help=f"whose text fills up (default: {default_task})")
+
+
+def unlabelled(
+    task: Task,
+    train: Dataset,
+    own: int,
+    samples: int,
+    seed: int,
+    source: str | None = None,
+    data_dir: str | None = None,
+) -> Dataset | None:
+    """Texts in the task's columns: its training rows after the first `own` of their shuffle, then those of another task.
+
+    A task of single texts takes nothing from one of pairs.
+
+    Args:
+        task: whose columns the texts get.
+        train: all its training rows.
+        own: the rows that the teacher sees, the first of `train.shuffle(seed=seed)`.
+        samples: of the rows and the texts together.
+        seed: of both shuffles.
+        source: the other task.
+        data_dir: where it lies (default: the Hub).
+
+    Returns:
+        None where nothing is missing or nothing is there.
+    """
+    columns = list(task.text_columns)
+    rest = np.arange(own, len(train))  # which may be none, and `select` takes no such range
+    found = [train.shuffle(seed=seed).select(rest).select_columns(columns)]
+    if source is not None:
+        other, data = load_task(source, data_dir, required=("train",))
+        if len(other.text_columns) == len(columns):
+            texts = data["train"].shuffle(seed=seed).select_columns(list(other.text_columns))
+            found.append(texts.rename_columns(dict(zip(other.text_columns, columns))).cast(found[0].features))
+    missing = min(samples - own, sum(map(len, found)))
+    return concatenate_datasets(found).select(range(missing)) if missing > 0 else None
