@@ -106,6 +106,7 @@ def compress(
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
     target: Mapping[str, Any] | None = None,
     output_dir: str | Path = "smbert-output",
+    states_dir: str | Path | None = None,
     args: Mapping[str, Any] | TrainingArguments | None = None,
     seed: int = 42,
     resume: bool = True,
@@ -134,6 +135,8 @@ def compress(
         compute_metrics: EvalPrediction (also a pair: logits, labels) -> {name: value}, the headline first; default: the task's metrics.
         target: {"speedup": 6}, {"params": "35%"} or {"latency_ms": 12}; sets the recipe's sizes by measuring on this device.
         output_dir: where everything goes.
+        states_dir: keeps the teacher's hidden states for other runs with the same teacher and texts, gigabytes of them; by default
+            each stage makes its own and deletes them.
         args: `TrainingArguments` fields for every training stage (bf16, gradient_accumulation_steps, report_to, ...).
         seed: of all random choices.
         resume: go on from an earlier run in `output_dir`; False starts over.
@@ -187,6 +190,7 @@ def compress(
             pool=pool,
             pool_texts=pool_texts,
             cache_dir=runner.output_dir / "cache",
+            states_dir=None if states_dir is None else Path(states_dir),
             args=options,
             seed=seed,
             compute_metrics=compute_metrics,

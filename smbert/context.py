@@ -54,6 +54,7 @@ class Context:
         args: `TrainingArguments` fields that the user set for every training stage.
         seed: of every random choice.
         cache_dir: teacher logits and other reusable intermediate results.
+        states_dir: the teacher's hidden states for several stages or runs; None: each stage makes its own and deletes them.
         results: folders of the stages that are done, by their folder name such as "01-finetune".
         compute_metrics: replaces the task's own metrics; EvalPrediction (also a pair: logits, labels) -> {name: value}, the headline first.
     """
@@ -61,6 +62,7 @@ class Context:
     tokenizer: PreTrainedTokenizerBase
     data: TaskData
     cache_dir: Path
+    states_dir: Path | None = None
     other: Mapping[str, TaskData] = field(default_factory=dict)
     pool: Dataset | None = None
     pool_texts: Dataset | None = None

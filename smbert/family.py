@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def compress_family(
 ) -> Family:
     """Compress to several speed-ups, each from the result of the one before, all taught by the original.
 
-    The faster a member, the longer it is trained (see `trained_for`). A run that was killed goes on in the member that was interrupted.
+    The faster a member, the longer it is trained (see `trained_for`). The teacher runs over the texts once for all of them. A run that was killed goes on in the member that was interrupted.
 
     Args:
         model: folder, Hub id or loaded model, as for `compress`.
@@ -58,7 +59,7 @@ def compress_family(
         recipe: with exactly one `retraining_free` stage, whose budget is set for each member.
         output_dir: a folder such as "4x" for each member, and the report of all.
         command: what the report names as the command that made it.
-        **options: as for `compress`, without `target` and `baseline`.
+        **options: as for `compress`, without `target`, `baseline` and `states_dir`.
 
     Returns:
         The members and their report.
@@ -69,7 +70,7 @@ def compress_family(
     """
     if not speedups or not all(isinstance(s, int | float) and not isinstance(s, bool) and s > 1 for s in speedups):
         raise ValueError(f"`speedups` must be numbers above 1, got {list(speedups)}. To resolve, try [2, 4, 6].")
-    if given := sorted({"target", "baseline"} & set(options)):
+    if given := sorted({"target", "baseline", "states_dir"} & set(options)):
         raise TypeError(f"`{given[0]}` must not be given for a family. To resolve, leave it out.")
     chain = as_recipe(recipe)
     pruning = [stage for stage in chain.stages if isinstance(stage, RetrainingFreePruning)]
@@ -106,6 +107,7 @@ def compress_family(
             replace(chain, stages=tuple(step if s is prune else trained_for(s, speedup) for s in chain.stages)),
             teacher=teacher,
             output_dir=out / f"{speedup:g}x",
+            states_dir=out / "states",
             baseline=False,
             int8_teacher=int8_teacher and not members,  # the teacher of all members
             command=report.command,
@@ -124,6 +126,8 @@ def compress_family(
         _add(report, speedup, result, prune, by_stage)
         if process_state().is_main_process:
             report.write(out)
+    if process_state().is_main_process:
+        shutil.rmtree(out / "states", ignore_errors=True)
     return Family(members, report)
 
 

@@ -1,11 +1,12 @@
 """The teacher's hidden states of fixed rows, computed once: a student that sees its rows several times needs no teacher beside it.
 
-Half precision, real tokens only, in one memory-mapped file of the stage's work folder, which goes when the stage is done. Attention
-features are not kept: queries and keys of every layer are several times as large.
+Half precision, real tokens only, in one memory-mapped file: of the stage's work folder, which goes when the stage is done, or of a folder
+that several stages share. Attention features are not kept: queries and keys of every layer are several times as large.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from .features import Features, capture_features
 from .processes import process_state
 from .surgery import structure_of
-from .teacher import batches_by_length, freeze, inputs_of, token_counts
+from .teacher import batches_by_length, dataset_fingerprint, freeze, inputs_of, model_fingerprint, token_counts
 
 logger = logging.getLogger(__name__)
 ROW = "row"
@@ -102,6 +103,12 @@ class TeacherStates:
         finally:
             state.wait_for_everyone()
         return cls(folder) if folder.is_dir() else None
+
+
+def states_key(teacher: PreTrainedModel, rows: Dataset, layers: Collection[int], bf16: bool) -> str:
+    """A name for the states of these rows, layers and precision, for a folder that several stages share."""
+    about = [model_fingerprint(teacher), dataset_fingerprint(rows, inputs_of(teacher, rows)), sorted(layers), bf16]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
 def _fits(teacher: PreTrainedModel, rows: Dataset, layers: Collection[int], place: Path) -> bool:

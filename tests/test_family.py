@@ -14,7 +14,15 @@ from run_helpers import millisecond_per_mac, raw_checkpoint, splits
 from tiny_models import tiny
 
 import smbert
-from smbert import DepthReduction, Distill, EmbeddingFactorisation, Recipe, RetrainingFreePruning, VocabPruning
+from smbert import (
+    DepthReduction,
+    Distill,
+    EmbeddingFactorisation,
+    Recipe,
+    RetrainingFreePruning,
+    VocabPruning,
+    teacher_states,
+)
 from smbert.family import trained_for
 from smbert.measure import macs
 from smbert.report import Report
@@ -94,6 +102,18 @@ def test_a_faster_member_trains_longer(tmp_path: Path, quick: None) -> None:
     ]
 
 
+def test_the_teacher_runs_over_the_texts_once_for_all_members(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = [], teacher_states._write
+    monkeypatch.setattr(teacher_states, "_write", lambda *args: (written.append(args[4]), write(*args)))
+    prune, distill = RECIPE.stages
+    recipe = replace(RECIPE, stages=(prune, replace(distill, objectives=({"kind": "hidden", "weight": 1.0},))))
+    run(raw_checkpoint(tmp_path / "model"), tmp_path / "out", recipe=recipe)
+    assert [folder.parent for folder in written] == [tmp_path / "out" / "states"]
+    assert not (tmp_path / "out" / "states").exists()
+
+
 def test_what_the_member_before_has_reached_already_is_a_hair_away(tmp_path: Path, quick: None) -> None:
     out = tmp_path / "out"
     run(raw_checkpoint(tmp_path / "model"), out, (1.5, 1.501))
@@ -119,8 +139,9 @@ def test_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for speedups in ((), (1,), (2, "x"), (True,)):
         with pytest.raises(ValueError, match=r"`speedups` must be numbers above 1.*To resolve"):
             run(tmp_path, tmp_path / "out", speedups)
-    with pytest.raises(TypeError, match="`target` must not be given"):
-        run(tmp_path, tmp_path / "out", target={"speedup": 2})
+    for given in ({"target": {"speedup": 2}}, {"states_dir": tmp_path}):
+        with pytest.raises(TypeError, match=f"`{next(iter(given))}` must not be given"):
+            run(tmp_path, tmp_path / "out", **given)
     with pytest.raises(ValueError, match="exactly one retraining_free stage, got depth_reduction"):
         run(tmp_path, tmp_path / "out", recipe=[DepthReduction(layers=1)])
     for change in ({"database": "sizes"}, {"latency_table": "table.json"}):

@@ -390,6 +390,28 @@ def test_kept_hidden_states_spare_the_teacher_the_second_epoch(
     assert (with_states - with_teacher).norm() < 0.05 * (with_teacher - start).norm()
 
 
+def test_stages_share_hidden_states_in_a_folder_of_their_own(
+    context: Context, teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    context = replace(context, teacher=teacher, states_dir=tmp_path / "states")
+    stage = Distill(objectives=(LogitsObjective(), HiddenObjective()), **{**QUICK, "epochs": 1})
+    calls = counted(teacher)
+    first, info = stage.run(tiny("bert"), context, tmp_path / "first")
+    # Though this stage sees its rows once, the next will see them again.
+    assert sum(calls) == len(context.data.train) and info["teacher_ran_live"] is False
+    assert not (tmp_path / "first" / "states").exists()
+    calls.clear()
+    second, _ = stage.run(tiny("bert"), context, tmp_path / "second")
+    assert calls == [] and changed(weights(first), second) == set()
+    few = replace(context, data=replace(context.data, train=context.data.train.select(range(8))))
+    stage.run(tiny("bert"), few, tmp_path / "few")
+    replace(stage, objectives=(HiddenObjective(layer_map="last"),)).run(tiny("bert"), context, tmp_path / "last")
+    with torch.no_grad():
+        teacher.classifier.bias.add_(1)
+    stage.run(tiny("bert"), context, tmp_path / "another")
+    assert sum(calls) == 8 + 2 * len(context.data.train) and len(list((tmp_path / "states").iterdir())) == 4
+
+
 def test_kept_hidden_states_belong_to_their_rows(
     context: Context, teacher: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

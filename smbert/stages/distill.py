@@ -31,7 +31,7 @@ from ..objectives import (
 from ..retraining_free.calibration import CalibrationLoss
 from ..surgery import structure_of
 from ..teacher import cached_logits, join_unlabelled, with_teacher_logits
-from ..teacher_states import ROW, TeacherStates
+from ..teacher_states import ROW, TeacherStates, states_key
 from ..trainer import Distillation
 from ..vocab import with_pieces_of
 from .base import Outline, TrainingStage, as_text, batches_of_rank, build
@@ -178,15 +178,12 @@ class Distill(TrainingStage):
         if live and not labelled_before and not objective.needs.teacher_qkv:
             steps = self.max_steps if self.max_steps > 0 else self.epochs * len(rows) / self.batch_size
             layers, passes = objective.needs.teacher_hidden, steps * self.batch_size / len(rows)
-            if passes > 1:
+            if passes > 1 or context.states_dir is not None:
+                folder = workdir / "states"
+                if context.states_dir is not None:
+                    folder = context.states_dir / states_key(teacher, rows, layers, bf16)
                 states = TeacherStates.compute(
-                    on_device(teacher),
-                    rows,
-                    collator,
-                    layers,
-                    workdir / "states",
-                    bf16=bf16,
-                    disable_tqdm=context.disable_tqdm,
+                    on_device(teacher), rows, collator, layers, folder, bf16=bf16, disable_tqdm=context.disable_tqdm
                 )
         if states is not None:
             live = False
