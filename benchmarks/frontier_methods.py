@@ -299,7 +299,7 @@ def small_taught(bench: Bench, speedup: float) -> Made:
     logits = [o for o in settings.objectives if isinstance(o, LogitsObjective)] or [LogitsObjective()]
     stage = replace(
         settings, objectives=tuple(logits), max_steps=bench.steps(speedup),
-        learning_rate=bench.recipe.teacher.learning_rate, full_rate_at=None,  # it does not begin near the teacher
+        learning_rate=bench.recipe.teacher.learning_rate, full_rate_at=None, interpolate=False,  # it does not begin near the teacher
     )  # fmt: skip
     return trained_small(bench, "taught", stage, context)
 

@@ -73,7 +73,7 @@ STAGE_VALUES: dict[str, list[Stage]] = {
         DepthReduction(layers="2/3", keep="importance", slope=0.01),
     ],
     "distill": [
-        Distill(**TRAINING, objectives=OBJECTIVE_VALUES, teacher="01-finetune", student="some/checkpoint", data="both", full_rate_at=0.1)
+        Distill(**TRAINING, objectives=OBJECTIVE_VALUES, teacher="01-finetune", student="some/checkpoint", data="both", full_rate_at=0.1, interpolate=True)
     ],
     "width_pruning": [
         WidthPruning(
@@ -186,6 +186,7 @@ def test_a_recipe_comes_from_a_file_a_text_or_a_name(tmp_path: Path) -> None:
         ({"stages": [{"kind": "finetune", "epochs": -1}]}, r"`epochs` must be a number above 0, got -1"),
         ({"stages": [{"kind": "finetune", "learning_rate": float("nan")}]}, r"`learning_rate` must be a number above 0, got nan"),
         ({"stages": [{"kind": "distill", "full_rate_at": 0}]}, r"`full_rate_at` must be a number above 0, got 0. To resolve"),
+        ({"stages": [{"kind": "distill", "interpolate": 0.5}]}, r"`interpolate` must be true or false, got 0.5. To resolve"),
         ({"stages": [{"kind": "finetune", "warmup_ratio": 1}]}, r"`warmup_ratio` must be at least 0 and below 1"),
         ({"stages": [{"kind": "finetune", "dropout": 1.0}]}, r"`dropout` must be at least 0 and below 1"),
         ({"stages": [{"kind": "finetune", "max_train_samples": 0}]}, r"`max_train_samples` must be at least 1"),

@@ -34,6 +34,7 @@ from smbert.objectives import (
 )
 from smbert.stages import DepthReduction, Distill, EmbeddingFactorisation, Finetune, Outline, Stage, WidthPruning
 from smbert.stages.depth import most_important_layers
+from smbert.stages.distill import nearest_between
 from smbert.surgery import keep_layers, save_model, structure_of
 from smbert.teacher import freeze, predict_logits
 from smbert.teacher_states import TeacherStates
@@ -510,6 +511,43 @@ def test_a_student_near_its_teacher_learns_slower_in_proportion(
     _, same = stage.run(teacher, context, tmp_path / "same")
     assert 0 < same["learning_rate"] < 1e-6
     assert "learning_rate" not in replace(stage, full_rate_at=None).run(student, context, tmp_path / "none")[1]
+
+
+def test_training_that_did_harm_is_taken_back_as_far_as_other_rows_say(
+    context: Context, tuned: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    context = replace(context, teacher=freeze(teacher), args={**context.args, "bf16": False})
+    student = keep_layers(tuned, [0, 1])
+    stage = Distill(objectives=ALL_KINDS[:2], max_steps=6, batch_size=8, learning_rate=1e-3, interpolate=True)
+    result, info = stage.run(student, context, tmp_path / "useful")
+    told, held_out = info["interpolated"], len(context.data.train) // 10
+    assert info["train_rows"] == len(context.data.train) - held_out
+    assert list(told["divergence"]) == ["0.0", "0.125", "0.25", "0.5", "0.75", "1.0"]
+    assert min(told["divergence"].values()) == told["divergence"][str(told["share"])] < told["divergence"]["0.0"]
+    kept = context.data.train.shuffle(seed=context.seed).select(range(held_out))
+    answers, targets = (
+        torch.tensor(predict_logits(m, kept, context.collator, disable_tqdm=True)).log_softmax(-1)
+        for m in (result, teacher)
+    )
+    divergence = float((targets.exp() * (targets - answers)).sum(-1).mean())
+    assert divergence == pytest.approx(told["divergence"][str(told["share"])], abs=1e-5)
+    # What no step could better comes back as it was.
+    ruined, info = replace(stage, learning_rate=10.0).run(teacher, context, tmp_path / "harmful")
+    assert info["interpolated"]["share"] == 0 and changed(weights(teacher), ruined) == set()
+
+
+def test_the_nearest_point_may_lie_between() -> None:
+    model = tiny("bert")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(1)
+    told = nearest_between(
+        before, model, lambda m: abs(float((m.classifier.bias - before["classifier.bias"]).detach().mean()) - 0.6)
+    )
+    assert told["share"] == 0.5 and told["divergence"]["1.0"] == pytest.approx(0.4)
+    for name, tensor in model.named_parameters():
+        torch.testing.assert_close(tensor, before[name] + 0.5)
 
 
 def test_projections_serve_the_loss_and_stay_out_of_the_result(

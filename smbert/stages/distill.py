@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoints import load_model
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 TARGET_TEACHER = ("teacher", "00-teacher")
 
 JUDGED_ROWS = 256  # tell how near a student is
+SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the way from the student before to the student after
 SMALLEST_DIVERGENCE = 1e-5  # a student that is its teacher still gets a rate above zero
 
 
@@ -50,8 +53,8 @@ class Distill(TrainingStage):
     """Multi-objective knowledge distillation into the model that flows (or another checkpoint).
 
     Teacher logits are computed once, cached on disk and reused, and so are its hidden states where rows are seen several times and
-    the disk has room; it runs live for what is left, above all attention. Papers: Hinton (2015), TinyBERT (2020), MiniLMv2 (2021);
-    the default mix is the SmBERT paper's.
+    the disk has room; it runs live for what is left, above all attention. Papers: Hinton (2015), TinyBERT (2020), MiniLMv2 (2021),
+    WiSE-FT (Wortsman 2022) for `interpolate`; the default mix is the SmBERT paper's.
 
     Attributes:
         objectives: the losses and their weights; see `smbert.objectives`.
@@ -60,6 +63,8 @@ class Distill(TrainingStage):
         data: "task" (labelled rows), "pool" (unlabelled texts), or "both"; "auto" is both where there is a pool.
         full_rate_at: mean divergence of the student's answers from the teacher's, before the first step, from which on
             `learning_rate` holds; a student that is nearer learns at that share of it. None: always the whole rate.
+        interpolate: the result is that of the models between the student before and after its training whose answers diverge least
+            from the teacher's on rows that are kept out of the training, so that it is never worse than before.
     """
 
     kind: ClassVar[str] = "distill"
@@ -74,6 +79,7 @@ class Distill(TrainingStage):
     student: str | None = None
     data: str = "auto"
     full_rate_at: float | None = None
+    interpolate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,6 +89,10 @@ class Distill(TrainingStage):
         ):
             raise ValueError(
                 f"`full_rate_at` must be a number above 0, got {full!r}. To resolve, leave it out, or try 0.08."
+            )
+        if not isinstance(self.interpolate, bool):
+            raise ValueError(
+                f"`interpolate` must be true or false, got {self.interpolate!r}. To resolve, write one of them."
             )
         for name in ("teacher", "student"):
             object.__setattr__(self, name, as_text(getattr(self, name)))
@@ -113,11 +123,12 @@ class Distill(TrainingStage):
                 f"rows with teacher logits and no teacher allow the logits and gold objectives only, got {', '.join(others)}. "
                 "To resolve, pass the teacher, or drop the others."
             )
-        if untaught and self.full_rate_at is not None:
-            raise ValueError(
-                f"`full_rate_at` compares the student with its teacher, and there is none, got {self.full_rate_at!r}. "
-                "To resolve, pass the teacher, or leave it out."
-            )
+        for name in ("full_rate_at", "interpolate"):
+            if untaught and (value := getattr(self, name)):
+                raise ValueError(
+                    f"`{name}` compares the student with its teacher, and there is none, got {value!r}. "
+                    "To resolve, pass the teacher, or leave it out."
+                )
         task = None if self.teacher in TARGET_TEACHER else after.task if teacher is None else teacher.task
         if task != after.task:
             target = context.data.task.name
@@ -167,9 +178,14 @@ class Distill(TrainingStage):
         # Without a teacher at hand there are no layers to compare; the check before the run has seen to that.
         teacher = student if labelled_before and context.teacher is None else self._teacher(context)
         objective = build_objectives(self.objectives, structure_of(student), structure_of(teacher), data.task.kind)
-        told, stage = {}, self
+        told: dict[str, Any] = {}
+        stage, before = self, {}
+        if self.interpolate or self.full_rate_at is not None:
+            rows, loss = self._judged(rows, on_device(teacher), context)
+        if self.interpolate:
+            before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         if self.full_rate_at is not None:
-            divergence = self._divergence(student, on_device(teacher), rows, context)
+            divergence = max(loss(student), SMALLEST_DIVERGENCE)
             stage = replace(self, learning_rate=self.learning_rate * min(1.0, divergence / self.full_rate_at))
             told = {"divergence": round(divergence, 5), "learning_rate": stage.learning_rate}
             logger.info("divergence from the teacher %.5f, so the learning rate is %.2g", *told.values())
@@ -195,14 +211,23 @@ class Distill(TrainingStage):
             rows = with_teacher_logits(rows, logits)
         holder = Distillation(student, on_device(objective), on_device(teacher) if live else None, states)
         info = stage.train(holder, rows, context, workdir, data)
+        if self.interpolate:
+            told["interpolated"] = nearest_between(before, student, loss)
         return student, {"teacher_ran_live": live, **told, **info}
 
-    def _divergence(self, student: PreTrainedModel, teacher: PreTrainedModel, rows: Dataset, context: Context) -> float:
-        """Of the student's answers from the teacher's, on a random sample of the rows that it is about to learn from."""
-        few = rows.shuffle(seed=context.seed).select(range(min(JUDGED_ROWS, len(rows))))
-        batches = batches_of_rank(few, context, self.batch_size)
+    def _judged(
+        self, rows: Dataset, teacher: PreTrainedModel, context: Context
+    ) -> tuple[Dataset, Callable[[PreTrainedModel], float]]:
+        """What is left to learn from, and the divergence of a student's answers from the teacher's on a random sample.
+
+        The sample is kept out of the training only where its result is to be judged.
+        """
+        shuffled = rows.shuffle(seed=context.seed)
+        few = min(JUDGED_ROWS, max(1, len(rows) // 10) if self.interpolate else len(rows))
+        batches = batches_of_rank(shuffled.select(range(few)), context, self.batch_size)
         autocast = torch.bfloat16 if context.bf16 else None
-        return max(CalibrationLoss(teacher, batches, autocast, sum_over_ranks)(student), SMALLEST_DIVERGENCE)
+        loss = CalibrationLoss(teacher, batches, autocast, sum_over_ranks)
+        return shuffled.select(range(few, len(rows))) if self.interpolate else rows, loss
 
     def _teacher(self, context: Context) -> PreTrainedModel:
         if self.teacher in TARGET_TEACHER:
@@ -218,6 +243,28 @@ class Distill(TrainingStage):
         use_pool = context.pool is not None and self.data in ("auto", "pool", "both")
         labelled = data.train if self.data != "pool" else None
         return self.rows(join_unlabelled(labelled, context.pool if use_pool else None, data.task), context)
+
+
+def nearest_between(
+    before: Mapping[str, Tensor], model: PreTrainedModel, loss: Callable[[PreTrainedModel], float]
+) -> dict[str, Any]:
+    """Moves a model to the point of least loss between the weights `before` and its own; the share of the way, and each point's loss.
+
+    Where a model begins near its goal, what training gains may be less than what its noise costs, and both lie on the same line.
+    """
+    after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def at(share: float) -> float:
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(before[name].lerp(after[name], share))
+        return loss(model)
+
+    losses = {share: at(share) for share in SHARES}
+    best = min(losses, key=losses.__getitem__)
+    at(best)
+    logger.info("divergence %.5f before, %.5f after, %.5f at %g of the way", losses[0], losses[1], losses[best], best)
+    return {"share": best, "divergence": {str(share): round(value, 6) for share, value in losses.items()}}
 
 
 def _objectives(values: Any) -> tuple[Objective, ...]:
