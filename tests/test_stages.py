@@ -523,7 +523,7 @@ def test_training_that_did_harm_is_taken_back_as_far_as_other_rows_say(
     told, held_out = info["interpolated"], len(context.data.train) // 10
     assert info["train_rows"] == len(context.data.train) - held_out
     assert list(told["divergence"]) == ["0.0", "0.125", "0.25", "0.5", "0.75", "1.0"]
-    assert min(told["divergence"].values()) == told["divergence"][str(told["share"])] < told["divergence"]["0.0"]
+    assert told["divergence"][str(told["share"])] <= 1.1 * min(told["divergence"].values()) < told["divergence"]["0.0"]
     kept = context.data.train.shuffle(seed=context.seed).select(range(held_out))
     answers, targets = (
         torch.tensor(predict_logits(m, kept, context.collator, disable_tqdm=True)).log_softmax(-1)
@@ -548,6 +548,10 @@ def test_the_nearest_point_may_lie_between() -> None:
     assert told["share"] == 0.5 and told["divergence"]["1.0"] == pytest.approx(0.4)
     for name, tensor in model.named_parameters():
         torch.testing.assert_close(tensor, before[name] + 0.5)
+    # What a few rows cannot tell apart goes to the training, which saw more.
+    flat = {0.0: 9.0, 0.125: 5.0, 0.25: 1.0, 0.5: 1.2, 0.75: 1.09, 1.0: 1.11}
+    values = iter([*flat.values(), 1.09])
+    assert nearest_between(before, model, lambda _: next(values))["share"] == 0.75
 
 
 def test_projections_serve_the_loss_and_stay_out_of_the_result(

@@ -45,6 +45,7 @@ TARGET_TEACHER = ("teacher", "00-teacher")
 
 JUDGED_ROWS = 256  # tell how near a student is
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the way from the student before to the student after
+INDISTINCT = 1.1  # times the least loss
 SMALLEST_DIVERGENCE = 1e-5  # a student that is its teacher still gets a rate above zero
 
 
@@ -64,7 +65,7 @@ class Distill(TrainingStage):
         full_rate_at: mean divergence of the student's answers from the teacher's, before the first step, from which on
             `learning_rate` holds; a student that is nearer learns at that share of it. None: always the whole rate.
         interpolate: the result is that of the models between the student before and after its training whose answers diverge least
-            from the teacher's on rows that are kept out of the training, so that it is never worse than before.
+            from the teacher's, as far as a few rows that are kept out of the training can tell, so that harm is taken back.
     """
 
     kind: ClassVar[str] = "distill"
@@ -88,7 +89,7 @@ class Distill(TrainingStage):
             isinstance(full, bool) or not isinstance(full, int | float) or not 0 < full < math.inf
         ):
             raise ValueError(
-                f"`full_rate_at` must be a number above 0, got {full!r}. To resolve, leave it out, or try 0.08."
+                f"`full_rate_at` must be a number above 0, got {full!r}. To resolve, leave it out, or try 0.4."
             )
         if not isinstance(self.interpolate, bool):
             raise ValueError(
@@ -250,7 +251,8 @@ def nearest_between(
 ) -> dict[str, Any]:
     """Moves a model to the point of least loss between the weights `before` and its own; the share of the way, and each point's loss.
 
-    Where a model begins near its goal, what training gains may be less than what its noise costs, and both lie on the same line.
+    Where a model begins near its goal, training may cost more than it gains. Of points that a few hundred rows cannot tell apart it
+    is the last, since training saw many more.
     """
     after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -261,7 +263,7 @@ def nearest_between(
         return loss(model)
 
     losses = {share: at(share) for share in SHARES}
-    best = min(losses, key=losses.__getitem__)
+    best = max(share for share in SHARES if losses[share] <= INDISTINCT * min(losses.values()))
     at(best)
     logger.info("divergence %.5f before, %.5f after, %.5f at %g of the way", losses[0], losses[1], losses[best], best)
     return {"share": best, "divergence": {str(share): round(value, 6) for share, value in losses.items()}}
