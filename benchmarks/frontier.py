@@ -12,8 +12,8 @@ With --pool-samples whatever learns from the teacher sees more text besides, wit
 
 WHY the same steps: a member of the family has been recovered once for each speed-up up to its own, and whatever it is compared with
 trains for as long; the small checkpoint for as long as the last member, and its own family is recovered in addition. All start from, or
-learn from, one teacher and see the same rows; only a teacher can make use of a pool. WHY in turns: a speed-up is the teacher's time over the model's in one process, all
-models of a cell one after the other.
+learn from, one teacher and see the same rows; a pool is for what learns from it. WHY in turns: a speed-up is the teacher's time over
+the model's in one process, all models of a cell one after the other.
 
  1. Per task and seed: the teacher.
  2. Per task, seed and speed-up (a cell): every method's model, evaluated on the validation split and timed. A method that needs a shape
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
     speedups = sorted(set(numbers(args.speedups, "--speedups")))
     if speedups[0] <= 1:
         raise ValueError(f"`--speedups` must be above 1, got {args.speedups!r}. To resolve, try 2,4,6.")
+    more_text.check(args)
     recipe, paper = as_recipe(args.recipe), as_recipe(args.paper_recipe)
     if changes := pairs(args.changes, "--set"):
         recipe = recipe.override(changes)

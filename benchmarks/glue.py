@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    more_text.check(args)
     out = Path(args.output)
     recipe = as_recipe(args.recipe)
     if changes := pairs(args.changes, "--set"):

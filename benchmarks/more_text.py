@@ -7,7 +7,7 @@ import argparse
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from smbert.tasks import Task, load_task
+from smbert.tasks import Task, glue_task, load_task
 
 
 def add_arguments(parser: argparse.ArgumentParser, default_task: str) -> None:
@@ -17,6 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser, default_task: str) -> None:
         help="fill the student's rows up to so many with text: the task's other rows, then --pool-task's, without labels",
     )
     parser.add_argument("--pool-task", help=f"whose text fills up (default: {default_task})")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for a pool without a size or of no task."""
+    if args.pool_samples is not None and args.pool_samples < 1:
+        raise ValueError(f"`--pool-samples` must be at least 1, got {args.pool_samples}. To resolve, try 20000.")
+    if args.pool_task is not None:
+        glue_task(args.pool_task)
+        if args.pool_samples is None:
+            raise ValueError(
+                f"`--pool-task` needs `--pool-samples`, got {args.pool_task!r} alone. To resolve, pass both, or neither."
+            )
 
 
 def unlabelled(

@@ -51,7 +51,8 @@ def compress_family(
 ) -> Family:
     """Compress to several speed-ups, each from the result of the one before, all taught by the original.
 
-    The faster a member, the longer it is trained (see `trained_for`). The teacher runs over the texts once for all of them. A run that was killed goes on in the member that was interrupted.
+    The faster a member, the longer it is trained (see `trained_for`). The teacher runs over the texts once for all of
+    them. A run that was killed goes on in the member that was interrupted.
 
     Args:
         model: folder, Hub id or loaded model, as for `compress`.

@@ -224,6 +224,8 @@ def test_every_method_in_every_cell_and_resumed(
         (["--speedups", "1,2"], "`--speedups` must be above 1"),
         (["--recipe", "smbert", "--set", "max_length=32"], "exactly one retraining_free stage"),
         (["--tasks", "rte,poetry"], "poetry"),
+        (["--pool-samples", "0"], "`--pool-samples` must be at least 1"),
+        (["--pool-task", "poetry"], "poetry"),
     ],
 )
 def test_tells_what_is_wrong_before_any_work(

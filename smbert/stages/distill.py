@@ -253,6 +253,11 @@ def nearest_between(
 
     Where a model begins near its goal, training may cost more than it gains. Of points that a few hundred rows cannot tell apart it
     is the last, since training saw many more.
+
+    Args:
+        before: state dict of the model before its training, on the same device.
+        model: after it; changed in place.
+        loss: mean divergence per row from the teacher's answers.
     """
     after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
