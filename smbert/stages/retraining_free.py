@@ -311,7 +311,7 @@ class RetrainingFreePruning(Stage):
         For a factor the prediction is the table's share of what came in as timed in these turns: the table may be of another pace.
         """
         models = {"before": model, "after": pruned}
-        ms = whole_models_ms(models, self._conditions(), min_runs=20, min_seconds=10)
+        ms = whole_models_ms(models, self._conditions(), min_runs=20, min_seconds=20)
         predicted, base = (table.total(structure_of(m).layer_widths) for m in (pruned, model))
         return {
             "predicted": predicted if self.speedup is None else ms["before"] * predicted / base,
