@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ._memory import freed_memory_kept
 from .modeling import encoder_layers, family_of, head_dim, layer_widths
 
 Latencies = dict[str, dict[str, dict[str, float]]]  # {name: {"32x128": {"p50": ms, "p95": ms}}}
@@ -207,6 +208,8 @@ def latency(
 ) -> Latencies:
     """Times forward passes of all models in turns, on random tokens without padding, in milliseconds per batch.
 
+    What a pass frees stays with the process until all are timed (see `_memory.py`).
+
     Args:
         models: the baseline and the candidates, each on its own device. Their modes are restored afterwards.
         shapes: (batch, seq) of the inputs.
@@ -343,7 +346,7 @@ class _Settings:
 
 @contextlib.contextmanager
 def _conditions(models: Mapping[str, nn.Module], settings: _Settings) -> Iterator[None]:
-    """Eval mode and the asked number of threads inside, restored outside."""
+    """Eval mode, the asked number of threads and freed memory kept inside, restored outside."""
     if not models:
         raise ValueError("`models` must hold at least one model, got none.")
     for name, model in models.items():
@@ -356,7 +359,8 @@ def _conditions(models: Mapping[str, nn.Module], settings: _Settings) -> Iterato
         torch.set_num_threads(settings.threads or before)
         for model in models.values():
             model.eval()
-        yield
+        with freed_memory_kept():
+            yield
     finally:
         torch.set_num_threads(before)
         for module, training in modes:

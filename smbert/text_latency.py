@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ._memory import freed_memory_kept
 from .measure import Latencies
 
 _LEAST_RUNS = 5  # a median of fewer runs says nothing, however slow the model
@@ -52,9 +53,9 @@ def text_latency(
     for size in batches:
         seconds: dict[str, list[float]] = {name: [] for name in names}
         spent, turn = 0.0, -warmup
-        with tqdm(
-            total=warmup + min_runs, desc=f"latency {size}xtext", unit="run", leave=False, disable=disable_tqdm
-        ) as bar:
+        title = f"latency {size}xtext"
+        progress = tqdm(total=warmup + min_runs, desc=title, unit="run", leave=False, disable=disable_tqdm)
+        with freed_memory_kept(), progress as bar:
             while turn < min_runs and (turn < _LEAST_RUNS or spent < min_seconds * len(names)):
                 start = (turn + warmup) * size
                 batch = [texts[(start + i) % len(texts)] for i in range(size)]
