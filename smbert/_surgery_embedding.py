@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .modeling import SLIM_CLASSES, STOCK_CLASSES, encoder_layers, family_of
+from .modeling import SLIM_CLASSES, STOCK_CLASSES, encoder_layers, family_of, passed_by
 from .surgery import PruningPlan, _target_config
 
 __all__ = ["factorise_embedding"]
@@ -44,7 +44,7 @@ def factorise_embedding(model: PreTrainedModel, table: torch.Tensor, projection:
         )
     plan = PruningPlan.full(model)
     target: Any = SLIM_CLASSES[stock]
-    config = _target_config(model, target, range(len(encoder_layers(model))), plan)
+    config = _target_config(model, target, range(len(encoder_layers(model))), plan, passed_by(model.config))
     if family_of(model).shared_head_bias and config.kept_heads is None:
         config.kept_heads = [list(heads) for heads in plan.heads]
     config.embedding_rank = rank

@@ -34,6 +34,8 @@ class Family:
         ffn_in: first projection of the feed-forward part, hidden -> ffn, or hidden -> 2 * ffn when `gated`.
         ffn_out: second projection of the feed-forward part, ffn -> hidden.
         attention: the self-attention module, whose head-count attributes are kept true.
+        attention_add_norm, ffn_add_norm: modules, called with output and residual, that add them and norm the sum, with a `LayerNorm` of
+            their own, so that an empty part can be passed by. None: the layer does it itself.
         intermediate_size: the config's name for the number of FFN neurons. The other sizes go by their common names in
             all families, thanks to `attribute_map`.
         fused_qkv: one projection makes query, key and value, as three blocks of rows in this order.
@@ -54,6 +56,8 @@ class Family:
     ffn_in: str
     ffn_out: str
     attention: str
+    attention_add_norm: str | None = None
+    ffn_add_norm: str | None = None
     intermediate_size: str = "intermediate_size"
     fused_qkv: bool = False
     gated: bool = False
@@ -78,6 +82,8 @@ def _bert_like(model_type: str, classes: str) -> Family:
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
         attention="attention.self",
+        attention_add_norm="attention.output",
+        ffn_add_norm="output",
     )
 
 
@@ -186,6 +192,16 @@ def layer_widths(config: Any) -> list[tuple[int, int]]:
     return [(config.num_attention_heads, getattr(config, family.intermediate_size))] * config.num_hidden_layers
 
 
+# Of the two parts of a layer: what adds its output to the residual and norms it, and its output projection.
+ADD_NORMS = {"attention_add_norm": "attention_output", "ffn_add_norm": "ffn_out"}
+
+
+def passed_by(config: Any) -> list[tuple[bool, bool]]:
+    """For each layer, whether the residual stream passes by its attention and its feed-forward part, unchanged and not normed."""
+    found = getattr(config, "passed_by", None) or [[False, False]] * config.num_hidden_layers
+    return [(attention, ffn) for attention, ffn in found]
+
+
 def _shrink(linear: nn.Module, rows: int, columns: int) -> None:
     """Keeps the first rows and columns: freshly initialised weights stay so, on the meta device too."""
     assert isinstance(linear, nn.Linear)  # by construction of the stock classes
@@ -214,6 +230,9 @@ def _resize_layers(model: Any) -> None:
             _remove_attention(family, attention)
         _shrink(family.get(layer, "ffn_in"), (2 if family.gated else 1) * ffn, hidden)
         _shrink(family.get(layer, "ffn_out"), hidden, ffn)
+        for part, passed in zip(ADD_NORMS, passed_by(config)[index], strict=True):
+            if passed:
+                _pass_by(family.get(layer, part), family.get(layer, ADD_NORMS[part]))
 
 
 class FactorisedEmbedding(nn.Embedding):
@@ -263,6 +282,39 @@ def _remove_attention(family: Family, attention: Any) -> None:
     attention.__class__ = _without_heads(kind)
 
 
+class EmptyLinear(nn.Linear):
+    """An output projection without inputs and bias. Nothing is computed but in training, where every parameter needs a gradient."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return super().forward(input)
+        return input.new_zeros(()).expand(*input.shape[:-1], self.out_features)
+
+
+class PassedByMixin:
+    """Adds nothing to the residual stream and does not norm it."""
+
+    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+        module: Any = self
+        output = module.dense(hidden_states)  # hooks on it fire
+        return input_tensor + output if module.training else input_tensor
+
+
+@functools.cache
+def _passed_by_class(add_norm: type) -> type:
+    name = f"PassedBy{add_norm.__name__}"
+    return type(name, (PassedByMixin, add_norm), {"__module__": __name__, "__qualname__": name})
+
+
+def _pass_by(add_norm: Any, projection: nn.Module) -> None:
+    assert projection is add_norm.dense  # in all families that name an `add_norm`
+    projection.__class__ = EmptyLinear
+    projection.register_parameter("bias", None)
+    add_norm.LayerNorm = None
+    kind: Any = type(add_norm)
+    add_norm.__class__ = _passed_by_class(kind)
+
+
 class SlimMPNetSelfAttention(MPNetSelfAttention):
     """MPNet attention that picks its own heads' columns of the position bias, which all layers share."""
 
@@ -306,6 +358,15 @@ class SlimConfigMixin:
         for pair in config.layer_widths:
             if len(pair) != 2 or not 0 <= pair[0] <= heads or not 0 <= pair[1] <= ffn:
                 raise ValueError(f"`layer_widths` must hold pairs [0..{heads} heads, 0..{ffn} neurons], got {pair}.")
+        if len(passed_by(config)) != config.num_hidden_layers:
+            raise ValueError(f"`passed_by` must have one pair for each of the {config.num_hidden_layers} layers.")
+        can = [bool(getattr(family_of(config), part)) for part in ADD_NORMS]
+        for number, (widths, gone) in enumerate(zip(config.layer_widths, passed_by(config))):
+            if any(passed and (size or not able) for passed, size, able in zip(gone, widths, can)):
+                raise ValueError(
+                    f"`passed_by` must be false for parts with units, and in families whose layers norm by themselves, got "
+                    f"{list(gone)} in layer {number} of widths {widths}."
+                )
         kept = config.kept_heads
         if kept is None:
             if family_of(config).shared_head_bias and any(pair[0] < heads for pair in config.layer_widths):
@@ -356,10 +417,12 @@ def _slim_classes(family: Family) -> dict[type, type]:
             "__annotations__": {
                 "layer_widths": list[list[int]] | None,
                 "kept_heads": list[list[int]] | None,
+                "passed_by": list[list[bool]] | None,
                 "embedding_rank": int | None,
             },
             "layer_widths": None,
             "kept_heads": None,
+            "passed_by": None,
             "embedding_rank": None,
             "model_type": PREFIX + family.model_type,
             "_auto_class": "AutoConfig",

@@ -204,6 +204,13 @@ class HiddenObjective(_LayerObjective):
     kind: ClassVar[str] = "hidden"
     cosine: ClassVar[bool] = False
 
+    def pairs(self, student: Structure, teacher: Structure) -> list[tuple[int, int]]:
+        pairs = super().pairs(student, teacher)
+        if not isinstance(self.layer_map, str):
+            return pairs
+        # Where the next attention is passed by, a layer's state stands for what that one's norm had made of it.
+        return [(t, s) for t, s in pairs if not any(attention for attention, _ in student.passed_by[s : s + 1])]
+
     def build(self, student: Structure, teacher: Structure, kind: str = "single_label") -> Loss:
         return HiddenLoss(self.pairs(student, teacher), student.hidden_size, teacher.hidden_size, self.cosine)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .checkpoints import load_model, save_model
 from .modeling import (
+    ADD_NORMS,
     SLIM_CLASSES,
     STOCK_CLASSES,
     Family,
@@ -27,15 +28,18 @@ from .modeling import (
     encoder_layers,
     family_of,
     head_dim,
+    passed_by,
 )
 
 __all__ = [
     "PruningPlan",
     "Structure",
+    "empty_parts",
     "keep_layers",
     "keep_units",
     "load_model",
     "masked",
+    "pass_by",
     "save_model",
     "structure_of",
 ]
@@ -53,6 +57,7 @@ class Structure:
         embedding_size: columns of the word embedding (ELECTRA: may differ from `hidden_size`).
         layer_widths: (heads, FFN neurons) of each layer, as they are in the model's tensors.
         factorised: whether the word embedding is a product of two tables.
+        passed_by: for each layer, whether its attention and its feed-forward part are passed by; empty: none is.
     """
 
     family: Family
@@ -62,6 +67,7 @@ class Structure:
     embedding_size: int
     layer_widths: tuple[tuple[int, int], ...]
     factorised: bool = False
+    passed_by: tuple[tuple[bool, bool], ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -137,6 +143,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
             for layer in encoder_layers(model)
         ),
         factorised=bool(getattr(config, "embedding_rank", None)),
+        passed_by=tuple(passed_by(config)),
     )
 
 
@@ -174,6 +181,37 @@ def keep_units(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """
     _check_plan(model, plan)
     return _rebuild(model, list(range(len(plan.ffn))), plan)
+
+
+def empty_parts(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(layer, part) of each part without units that the residual stream could pass by and does not yet; part 0 is attention, 1 FFN.
+
+    The first part of the model is never one: what its norm does cannot be left to the norm of the part before.
+    """
+    family, found, before = family_of(model), [], False
+    for layer, (widths, passed) in enumerate(
+        zip(structure_of(model).layer_widths, passed_by(model.config), strict=True)
+    ):
+        for part, name in enumerate(ADD_NORMS):
+            if before and not widths[part] and not passed[part] and getattr(family, name):
+                found.append((layer, part))
+            before = before or not passed[part]
+    return found
+
+
+def pass_by(model: PreTrainedModel, parts: Sequence[tuple[int, int]]) -> PreTrainedModel:
+    """A new model whose residual stream passes by these `empty_parts`: neither their biases nor their norms are there any more.
+
+    Raises:
+        ValueError: a part that is not one of them.
+    """
+    able, gone = empty_parts(model), [list(pair) for pair in passed_by(model.config)]
+    if other := [part for part in parts if part not in able]:
+        raise ValueError(f"`parts` must be among the empty ones that can be passed by, {able}, got {other[0]}.")
+    for layer, part in parts:
+        gone[layer][part] = True
+    full = PruningPlan.full(model)
+    return _rebuild(model, list(range(len(gone))), full, gone)
 
 
 @contextlib.contextmanager
@@ -225,16 +263,19 @@ def _check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
                 )
 
 
-def _rebuild(model: PreTrainedModel, layers: Sequence[int], plan: PruningPlan) -> PreTrainedModel:
+def _rebuild(
+    model: PreTrainedModel, layers: Sequence[int], plan: PruningPlan, gone: Sequence[Sequence[bool]] | None = None
+) -> PreTrainedModel:
     """Builds the class and config that can hold the result, and fills it with cut copies of the model's tensors.
 
     Args:
         model: left untouched.
         layers: the layers to take, by their numbers in `model`.
         plan: the units to take in each of these layers, by their numbers in `model`.
+        gone: for each layer of `model`, the parts that are passed by; None: as now.
     """
     target = _target_class(model, plan)
-    config = _target_config(model, target, layers, plan)
+    config = _target_config(model, target, layers, plan, gone or passed_by(model.config))
     with torch.device("meta"):
         result = target(config)
     if getattr(model, "pooler", result) is None:  # AutoModel(..., add_pooling_layer=False) is not in the config
@@ -306,13 +347,15 @@ def _target_class(model: PreTrainedModel, plan: PruningPlan) -> Any:
     return SLIM_CLASSES[stock]
 
 
-def _target_config(model: PreTrainedModel, target: Any, layers: Sequence[int], plan: PruningPlan) -> Any:
+def _target_config(
+    model: PreTrainedModel, target: Any, layers: Sequence[int], plan: PruningPlan, gone: Sequence[Sequence[bool]]
+) -> Any:
     family, old = family_of(model), model.config
     # Copied field by field, since rebuilding from a dict forgets the attention back end and other private state.
     config = target.config_class.__new__(target.config_class)
     config.__dict__.update(copy.deepcopy(old.__dict__))
     if type(old) in STOCK_CLASSES:
-        for key in ("layer_widths", "kept_heads", "auto_map"):
+        for key in ("layer_widths", "kept_heads", "passed_by", "auto_map"):
             config.__dict__.pop(key, None)
         if not config.__dict__.get("embedding_rank"):
             config.__dict__.pop("embedding_rank", None)
@@ -324,6 +367,8 @@ def _target_config(model: PreTrainedModel, target: Any, layers: Sequence[int], p
     if type(config) in STOCK_CLASSES:
         config.auto_map = auto_map(family)
         config.layer_widths = [[heads, ffn] for heads, ffn in plan.layer_widths]
+        passed = [list(gone[layer]) for layer in layers]
+        config.passed_by = passed if any(map(any, passed)) else None
         config.kept_heads = None
         if family.shared_head_bias:
             before = getattr(old, "kept_heads", None) or [range(old.num_attention_heads)] * old.num_hidden_layers

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from smbert.export.gate import Gate
 from smbert.modeling import FAMILIES
 from smbert.runtime import Classifier, open_graph
-from smbert.surgery import PruningPlan, keep_units
+from smbert.surgery import PruningPlan, empty_parts, keep_units, pass_by
 from smbert.tasks import Task, prepare
 
 pytest.importorskip("onnx", reason="needs onnx (pip install smbert[onnx])")
@@ -98,6 +98,14 @@ def test_fp32_answers_as_torch_at_other_batches_and_lengths(family: str, tmp_pat
     pairs = list(zip(texts, reversed(texts)))
     assert np.abs(Classifier(made.folder).logits(pairs) - torch_logits(folder, pairs, 32)).max() < 1e-5
     assert ("token_type_ids" in made.manifest["inputs"]) == typed
+
+
+def test_parts_that_are_passed_by(tmp_path: Path) -> None:
+    model = keep_units(tiny("bert", layers=3, num_labels=3), UNEVEN)
+    folder = checkpoint(tmp_path / "model", pass_by(model, empty_parts(model)))
+    for precision in ("fp32", "int8"):
+        made = export(folder, tmp_path / precision, max_length=32, precision=precision)
+        assert made.manifest["parity"]["largest_logit_difference_fp32"] < 1e-5
 
 
 def test_the_folder_says_what_it_is(bert: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import batch, tiny
 
 from smbert.modeling import FAMILIES, HEADS, SLIM_CLASSES, encoder_layers, family_of, head_dim, layer_widths
-from smbert.surgery import PruningPlan, keep_layers, keep_units, load_model, save_model
+from smbert.surgery import PruningPlan, empty_parts, keep_layers, keep_units, load_model, pass_by, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 UNEVEN = PruningPlan(((0, 2), (), (3,), (0, 1, 2, 3)), (tuple(range(0, 64, 3)), (5, 6), (), tuple(range(64))))
@@ -117,13 +117,15 @@ print("reloaded", len(sys.argv) - 2)
 
 def test_reload_in_another_process_with_and_without_smbert(tmp_path):
     folders = []
-    for family in ("bert", "mpnet", "modernbert"):
-        model = slim(family, num_labels=3, id2label=LABELS)
-        save_model(model, tmp_path / family)
+    models = {family: slim(family, num_labels=3, id2label=LABELS) for family in ("bert", "mpnet", "modernbert")}
+    empty = keep_units(models["bert"], PruningPlan(((0,), (), (), (0,)), ((0, 1), (), (), (0,))))
+    models["passed-by"] = pass_by(empty, empty_parts(empty))
+    for name, model in models.items():
+        save_model(model, tmp_path / name)
         with torch.no_grad():
             inputs = batch(model)
-            save_file({**inputs, "logits": model(**inputs).logits}, tmp_path / family / "tensors.st")
-        folders.append(str(tmp_path / family))
+            save_file({**inputs, "logits": model(**inputs).logits}, tmp_path / name / "tensors.st")
+        folders.append(str(tmp_path / name))
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -139,7 +141,7 @@ def test_reload_in_another_process_with_and_without_smbert(tmp_path):
     for process in processes:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3000:]
-        assert out.strip().endswith("reloaded 3")
+        assert out.strip().endswith("reloaded 4")
 
 
 def test_installed_class_wins_over_shipped_code(tmp_path):
@@ -229,6 +231,8 @@ def test_unknown_family():
         ({"layer_widths": [[2, 8], [1, 8]], "kept_heads": [[0, 1], [0, 1]]}, "as many heads"),
         ({"layer_widths": [[2, 8], [1, 8]], "kept_heads": [[0, 1], [4]]}, "below 4"),
         ({"layer_widths": [[2, 8], [1, 8]], "kept_heads": [[1, 0], [3]]}, "sorted"),
+        ({"layer_widths": [[4, 8], [4, 8]], "passed_by": [[False, False]]}, "one pair for each of the 2 layers"),
+        ({"layer_widths": [[4, 8], [4, 0]], "passed_by": [[False, False], [False, True]]}, "layers norm by themselves"),
     ],
 )
 def test_bad_slim_configs(values, message, tmp_path):

@@ -31,7 +31,7 @@ from smbert.export.onnx_graph import example, input_names, write_onnx
 from smbert.export.quantise import sensitive_layers
 from smbert.measure import environment
 from smbert.runtime import Classifier, open_graph
-from smbert.surgery import PruningPlan, keep_units
+from smbert.surgery import PruningPlan, empty_parts, keep_units, pass_by
 from smbert.tasks import prepare
 
 needs_bf16 = pytest.mark.skipif(
@@ -80,10 +80,12 @@ def kernels(folder: Path) -> list[str]:
     return [i["primitiveType"].astype(str) for i in infos if i["layerType"].astype(str) == "FullyConnected"]
 
 
-def test_fp32_answers_as_torch_whatever_the_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("passed_by", [False, True])
+def test_fp32_answers_as_torch_whatever_the_batch(passed_by: bool, tmp_path: Path) -> None:
     # A layer without heads and one without neurons.
     uneven = PruningPlan(heads=((0,), (), (1, 2)), ffn=((1, 5), tuple(range(8)), ()))
-    folder = checkpoint(tmp_path / "model", keep_units(tiny("bert", layers=3, num_labels=3), uneven))
+    model = keep_units(tiny("bert", layers=3, num_labels=3), uneven)
+    folder = checkpoint(tmp_path / "model", pass_by(model, empty_parts(model)) if passed_by else model)
     made = export(folder, tmp_path / "out", engine="openvino", max_length=32)
     assert made.manifest["engine"] == "openvino" and "openvino" in made.manifest["versions"]
     assert made.manifest["parity"]["largest_logit_difference_fp32"] < 1e-5

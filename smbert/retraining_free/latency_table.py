@@ -23,7 +23,7 @@ from .._model_card import write_whole
 from ..measure import environment, latency_on, max_positions
 from ..modeling import encoder_layers
 from ..processes import process_state
-from ..surgery import PruningPlan, keep_layers, keep_units, structure_of
+from ..surgery import PruningPlan, empty_parts, keep_layers, keep_units, pass_by, structure_of
 from .cost_table import CostTable
 from .served import check_engine, served, versions, with_small_vocabulary
 from .stream import record
@@ -122,6 +122,7 @@ def _shape_of(model: PreTrainedModel) -> dict[str, Any]:
         "head_dim": structure.head_dim,
         "embedding_size": structure.embedding_size,
         "layer_widths": [list(pair) for pair in structure.layer_widths],
+        "passed_by": [list(pair) for pair in structure.passed_by],
     }
 
 
@@ -261,7 +262,7 @@ def _cut(model: PreTrainedModel, sizes: Sizes) -> Iterator[tuple[str, PreTrained
         kept = structure_of(few).layer_widths
         for size in own:
             last = (0, size) if kind else (size, 0)
-            yield f"{kind} {size}", keep_units(few, _first(kept, [*[(0, 0)] * (len(kept) - 1), last])), kind
+            yield f"{kind} {size}", _cut_to(few, _first(kept, [*[(0, 0)] * (len(kept) - 1), last])), kind
 
 
 def _widest(model: PreTrainedModel) -> list[int]:
@@ -272,7 +273,13 @@ def _widest(model: PreTrainedModel) -> list[int]:
 
 def _emptied(model: PreTrainedModel) -> PreTrainedModel:
     widths = structure_of(model).layer_widths
-    return keep_units(model, _first(widths, [(0, 0)] * len(widths)))
+    return _cut_to(model, _first(widths, [(0, 0)] * len(widths)))
+
+
+def _cut_to(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """As it will be served: parts without units are passed by."""
+    cut = keep_units(model, plan)
+    return pass_by(cut, empty_parts(cut))
 
 
 def _first(widths: Any, sizes: Any) -> PruningPlan:

@@ -24,13 +24,14 @@ from ..processes import process_state
 from ..retraining_free.calibration import CalibrationLoss
 from ..retraining_free.cost_table import CostTable, counted_costs
 from ..retraining_free.database import FILE, Database, Settings, build_database, check_vacant
+from ..retraining_free.empty_parts import without_empty_parts
 from ..retraining_free.kprune import check_linear, prune_by_knowledge
 from ..retraining_free.latency_table import Conditions, latency_table, read_table, whole_models_ms
 from ..retraining_free.masksearch import prune_by_fisher
 from ..retraining_free.obs import prune_by_obs
 from ..retraining_free.search import check_reachable, options_of
 from ..retraining_free.stream import Calls, record
-from ..surgery import structure_of
+from ..surgery import empty_parts, pass_by, structure_of
 from ..teacher import dataset_fingerprint, model_fingerprint
 from .base import Outline, Stage, as_text, batches_of_rank, known_task
 
@@ -180,6 +181,10 @@ class RetrainingFreePruning(Stage):
         model = on_device(model)
         rows = self._rows(context)
         pruned, table, limit, info = getattr(self, f"_{self.method}")(model, rows, context)
+        last = rows.select(
+            range(max(0, len(rows) - self.calibration), len(rows))
+        )  # none of those by which it was judged
+        pruned = without_empty_parts(pruned, batches_of_rank(last, context, self.batch_size), sum_over_ranks)
         info = {
             "sampled_rows": len(rows),
             "pruning_seconds": round(time.perf_counter() - start, 1),
@@ -217,7 +222,7 @@ class RetrainingFreePruning(Stage):
         pruned, info = prune_by_obs(
             model, calls, database, table, limit, loss, coarse,
             steps=self.search_steps, seed=context.seed, damping=self.fit_damping, reduce=sum_over_ranks,
-            pace=(lambda pruned: self._pace(model, pruned, table)) if self.timed else None,
+            pace=(lambda cut: self._pace(model, pass_by(cut, empty_parts(cut)), table)) if self.timed else None,
         )  # fmt: skip
         told = {"sampled_tokens": database.about["tokens"], "database_seconds": round(made - start, 1)}
         return pruned, table, limit, {**told, **info}
