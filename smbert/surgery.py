@@ -1,7 +1,8 @@
 """The only code that changes the shape of a model: whole layers, attention heads and FFN neurons.
 
 Surgery is exact: a model cut by `keep_units` computes what the uncut model computes under `masked`, because a unit only
-reaches the rest of the model through its own columns of an output projection. At zero units its bias stays.
+reaches the rest of the model through its own columns of an output projection. At zero units its bias and norm stay, until `pass_by`,
+which is not exact, takes them out.
 """
 
 from __future__ import annotations

@@ -105,10 +105,16 @@ class TeacherStates:
         return cls(folder) if folder.is_dir() else None
 
 
-def states_key(teacher: PreTrainedModel, rows: Dataset, layers: Collection[int], bf16: bool) -> str:
-    """A name for the states of these rows, layers and precision, for a folder that several stages share."""
-    about = [model_fingerprint(teacher), dataset_fingerprint(rows, inputs_of(teacher, rows)), sorted(layers), bf16]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+def shared_folder(place: Path, teacher: PreTrainedModel, rows: Dataset, layers: Collection[int], bf16: bool) -> Path:
+    """Where, in a folder that several stages share, the states of these rows are or shall be; others' may hold more layers."""
+    about = json.dumps([model_fingerprint(teacher), dataset_fingerprint(rows, inputs_of(teacher, rows)), bf16])
+    name = hashlib.sha256(about.encode()).hexdigest()[:32]
+    for folder in sorted(place.glob(f"{name}-*")):
+        if folder.suffix == ".part":  # a killed run's
+            continue
+        if set(layers) <= set(json.loads((folder / "states.json").read_text(encoding="utf-8"))["layers"]):
+            return folder
+    return place / "-".join([name, *map(str, sorted(layers))])
 
 
 def _fits(teacher: PreTrainedModel, rows: Dataset, layers: Collection[int], place: Path) -> bool:

@@ -116,6 +116,7 @@ def test_the_stage_passes_them_by_and_goes_on_from_there(context, tmp_path):
     assert empty_parts(first) == []
     second, info = RetrainingFreePruning(macs=0.3, **quick).run(first, context, tmp_path)
     assert empty_parts(second) == [] and sum(map(sum, structure_of(second).passed_by)) >= 1
+    assert info["passed_by"] == [list(pair) for pair in structure_of(second).passed_by]
     assert type(second) is SLIM_CLASSES[type(tiny("bert"))] and info["calibration_loss"]["pruned"] >= 0
 
 

@@ -406,11 +406,17 @@ def test_stages_share_hidden_states_in_a_folder_of_their_own(
     assert calls == [] and changed(weights(first), second) == set()
     few = replace(context, data=replace(context.data, train=context.data.train.select(range(8))))
     stage.run(tiny("bert"), few, tmp_path / "few")
-    replace(stage, objectives=(HiddenObjective(layer_map="last"),)).run(tiny("bert"), context, tmp_path / "last")
+    shared = tmp_path / "states"
+    for folder in list(shared.iterdir()):
+        folder.with_name(f"{folder.name}.part").mkdir()  # a killed run's
+    last = replace(stage, objectives=(HiddenObjective(layer_map="last"),))
+    last.run(tiny("bert"), context, tmp_path / "last")  # its layer is among those that are kept
     with torch.no_grad():
         teacher.classifier.bias.add_(1)
-    stage.run(tiny("bert"), context, tmp_path / "another")
-    assert sum(calls) == 8 + 2 * len(context.data.train) and len(list((tmp_path / "states").iterdir())) == 4
+    last.run(tiny("bert"), context, tmp_path / "another")
+    stage.run(tiny("bert"), context, tmp_path / "more")  # its layers are not
+    kept = [folder for folder in shared.iterdir() if folder.suffix != ".part"]
+    assert sum(calls) == 8 + 2 * len(context.data.train) and len(kept) == 4
 
 
 def test_kept_hidden_states_belong_to_their_rows(

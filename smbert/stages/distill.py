@@ -33,7 +33,7 @@ from ..objectives import (
 from ..retraining_free.calibration import CalibrationLoss
 from ..surgery import structure_of
 from ..teacher import cached_logits, join_unlabelled, with_teacher_logits
-from ..teacher_states import ROW, TeacherStates, states_key
+from ..teacher_states import ROW, TeacherStates, shared_folder
 from ..trainer import Distillation
 from ..vocab import with_pieces_of
 from .base import Outline, TrainingStage, as_text, batches_of_rank, build
@@ -198,7 +198,7 @@ class Distill(TrainingStage):
             if passes > 1 or context.states_dir is not None:
                 folder = workdir / "states"
                 if context.states_dir is not None:
-                    folder = context.states_dir / states_key(teacher, rows, layers, bf16)
+                    folder = shared_folder(context.states_dir, teacher, rows, layers, bf16)
                 states = TeacherStates.compute(
                     on_device(teacher), rows, collator, layers, folder, bf16=bf16, disable_tqdm=context.disable_tqdm
                 )

@@ -48,7 +48,8 @@ BUDGETS = (*TIMED, "macs", "params")
 class RetrainingFreePruning(Stage):
     """Structured pruning of heads and neurons to a budget, with new weights for what stays; no training, no gold labels.
 
-    Papers: ZipLM (Kurtic et al. 2023), Kwon et al. (2022), K-prune (Park et al. 2024). Whole sub-layers may vanish.
+    Papers: ZipLM (Kurtic et al. 2023), Kwon et al. (2022), K-prune (Park et al. 2024). Whole sub-layers may vanish; in
+    BERT-like families their norms go with them (`retraining_free/empty_parts.py`).
 
     Attributes:
         method: "obs": optimal brain surgery, a database of all sizes, and a search for the best of them. "fisher": mask search by
@@ -189,6 +190,7 @@ class RetrainingFreePruning(Stage):
             "sampled_rows": len(rows),
             "pruning_seconds": round(time.perf_counter() - start, 1),
             "budget": {"name": table.name, "asked": limit, "reached": info.pop("cost")},
+            "passed_by": [list(pair) for pair in structure_of(pruned).passed_by],
             **info,
         }
         pace = info.pop("pace", 1.0)
