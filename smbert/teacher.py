@@ -50,7 +50,7 @@ _INCIDENTAL = (
 
 
 # Without a value they say nothing, as in configs that were written before there was such an entry.
-_OPTIONAL = ("embedding_rank",)
+_OPTIONAL = ("embedding_rank", "passed_by")
 
 
 def freeze(model: nn.Module) -> Any:

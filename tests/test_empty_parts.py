@@ -15,6 +15,7 @@ from smbert.retraining_free.latency_table import Conditions, latency_table
 from smbert.retraining_free.stream import Stream, record
 from smbert.stages.retraining_free import RetrainingFreePruning
 from smbert.surgery import PruningPlan, empty_parts, keep_layers, keep_units, pass_by, structure_of
+from smbert.teacher import model_fingerprint
 
 ABLE = [name for name, family in FAMILIES.items() if family.attention_add_norm and family.ffn_add_norm]
 # Layer 0 has no heads, layer 1 neither, layer 2 has nothing at all, layer 3 no neurons.
@@ -92,6 +93,13 @@ def test_trained_pruned_and_cut_on(family, tmp_path):
     inputs = batch(slim)
     with torch.no_grad():
         assert torch.equal(keep_units(slim, full)(**inputs).logits, slim(**inputs).logits)
+
+
+def test_a_model_from_before_there_was_such_an_entry_is_known_again():
+    model = emptied()
+    before = model_fingerprint(model)
+    del model.config.passed_by
+    assert model_fingerprint(model) == before != model_fingerprint(pass_by(emptied(), PASSED))
 
 
 def test_parts_with_units_cannot_be_passed_by():
