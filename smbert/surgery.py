@@ -200,16 +200,23 @@ def empty_parts(model: PreTrainedModel) -> list[tuple[int, int]]:
     return found
 
 
-def pass_by(model: PreTrainedModel, parts: Sequence[tuple[int, int]]) -> PreTrainedModel:
-    """A new model whose residual stream passes by these `empty_parts`: neither their biases nor their norms are there any more.
+def pass_by(model: PreTrainedModel, parts: Sequence[tuple[int, int]] | None = None) -> PreTrainedModel:
+    """A new model whose residual stream passes by `empty_parts`: neither their biases nor their norms are there any more.
+
+    Args:
+        model: stays as it is.
+        parts: (layer, 0 for attention or 1 for FFN) of some of them; None: all.
 
     Raises:
         ValueError: a part that is not one of them.
     """
     able, gone = empty_parts(model), [list(pair) for pair in passed_by(model.config)]
-    if other := [part for part in parts if part not in able]:
-        raise ValueError(f"`parts` must be among the empty ones that can be passed by, {able}, got {other[0]}.")
-    for layer, part in parts:
+    chosen = able if parts is None else parts
+    if other := [part for part in chosen if part not in able]:
+        raise ValueError(
+            f"`parts` must be among the empty ones that can be passed by, {able}, got {other[0]}. To resolve, leave it out."
+        )
+    for layer, part in chosen:
         gone[layer][part] = True
     full = PruningPlan.full(model)
     return _rebuild(model, list(range(len(gone))), full, gone)

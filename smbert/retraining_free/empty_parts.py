@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..modeling import ADD_NORMS, encoder_layers, family_of
 from ..surgery import empty_parts, pass_by, structure_of
 from .reconstruct import Reduce
-from .stream import inputs_of
+from .stream import PARTS, inputs_of
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def without_empty_parts(
 
     Args:
         model: stays as it is.
-        batches: this process's share of calibration rows.
+        batches: this process's share of calibration rows; model inputs (batch, seq), padding does not count.
         reduce: sums a tensor over all ranks.
     """
     parts = empty_parts(model)
@@ -63,7 +63,7 @@ def without_empty_parts(
         # A unit that never changes is a shift alone.
         factor = torch.where(spread > 1e-12, (xy / count - mean_x * mean_y) / spread.clamp(min=1e-12), 0)
         layer, kind = part
-        bias = family_of(model).get(encoder_layers(model)[layer], list(ADD_NORMS.values())[kind]).bias.double().cpu()
+        bias = family_of(model).get(encoder_layers(model)[layer], PARTS[kind]).bias.double().cpu()
         shift = mean_y - factor * (mean_x - bias)
         before = max(p for p in _all_parts(slim) if p < part and not passed[p[0]][p[1]])
         norm = _norm(slim, before)
@@ -73,7 +73,7 @@ def without_empty_parts(
 
 
 def _all_parts(model: PreTrainedModel) -> list[tuple[int, int]]:
-    return [(layer, part) for layer in range(len(encoder_layers(model))) for part in range(len(ADD_NORMS))]
+    return [(layer, part) for layer in range(len(encoder_layers(model))) for part in range(len(PARTS))]
 
 
 def _norm(model: PreTrainedModel, part: tuple[int, int]) -> Any:

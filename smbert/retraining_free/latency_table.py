@@ -23,7 +23,7 @@ from .._model_card import write_whole
 from ..measure import environment, latency_on, max_positions
 from ..modeling import encoder_layers
 from ..processes import process_state
-from ..surgery import PruningPlan, empty_parts, keep_layers, keep_units, pass_by, structure_of
+from ..surgery import PruningPlan, keep_layers, keep_units, pass_by, structure_of
 from .cost_table import CostTable
 from .served import check_engine, served, versions, with_small_vocabulary
 from .stream import record
@@ -278,8 +278,7 @@ def _emptied(model: PreTrainedModel) -> PreTrainedModel:
 
 def _cut_to(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """As it will be served: parts without units are passed by."""
-    cut = keep_units(model, plan)
-    return pass_by(cut, empty_parts(cut))
+    return pass_by(keep_units(model, plan))
 
 
 def _first(widths: Any, sizes: Any) -> PruningPlan:

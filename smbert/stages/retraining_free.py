@@ -31,7 +31,7 @@ from ..retraining_free.masksearch import prune_by_fisher
 from ..retraining_free.obs import prune_by_obs
 from ..retraining_free.search import check_reachable, options_of
 from ..retraining_free.stream import Calls, record
-from ..surgery import empty_parts, pass_by, structure_of
+from ..surgery import pass_by, structure_of
 from ..teacher import dataset_fingerprint, model_fingerprint
 from .base import Outline, Stage, as_text, batches_of_rank, known_task
 
@@ -182,9 +182,7 @@ class RetrainingFreePruning(Stage):
         model = on_device(model)
         rows = self._rows(context)
         pruned, table, limit, info = getattr(self, f"_{self.method}")(model, rows, context)
-        last = rows.select(
-            range(max(0, len(rows) - self.calibration), len(rows))
-        )  # none of those by which it was judged
+        last = rows.select(range(len(rows) - self._judges(rows), len(rows)))  # none of those that judged
         pruned = without_empty_parts(pruned, batches_of_rank(last, context, self.batch_size), sum_over_ranks)
         info = {
             "sampled_rows": len(rows),
@@ -210,7 +208,7 @@ class RetrainingFreePruning(Stage):
         check_reachable(options_of([(own, [0.0] * len(own)) for own in sizes], table), table, limit)
         start = time.perf_counter()
         # On the rows that were fitted, a fit that has learned their noise would look best.
-        judged = min(self.calibration, max(1, len(rows) // 2))
+        judged = self._judges(rows)
         few, rest = rows.select(range(judged)), rows.select(range(judged, len(rows)))
         calls = record(model, batches_of_rank(rest, context, self.batch_size))
         loss, coarse = (
@@ -224,10 +222,13 @@ class RetrainingFreePruning(Stage):
         pruned, info = prune_by_obs(
             model, calls, database, table, limit, loss, coarse,
             steps=self.search_steps, seed=context.seed, damping=self.fit_damping, reduce=sum_over_ranks,
-            pace=(lambda cut: self._pace(model, pass_by(cut, empty_parts(cut)), table)) if self.timed else None,
+            pace=(lambda cut: self._pace(model, pass_by(cut), table)) if self.timed else None,
         )  # fmt: skip
         told = {"sampled_tokens": database.about["tokens"], "database_seconds": round(made - start, 1)}
         return pruned, table, limit, {**told, **info}
+
+    def _judges(self, rows: Dataset) -> int:
+        return min(self.calibration, max(1, len(rows) // 2))
 
     def _fisher(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
         batches = batches_of_rank(rows, context, self.batch_size)
