@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     bench.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     bench.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
+    bench.add_argument("--disable-tqdm", action="store_true", help="no progress bars")
     bench.set_defaults(run=run_bench)
     look = commands.add_parser("inspect", help="draw a checkpoint's structure")
     look.add_argument("model", help="folder or Hub id")
@@ -368,7 +369,7 @@ def run_bench(args: argparse.Namespace) -> None:
         ) from None
     models = {place: on_device(load_model(place)) for place in args.models}
     dtype = getattr(torch, args.dtype)
-    timed = latency(models, shapes, dtype=dtype, threads=args.threads)
+    timed = latency(models, shapes, dtype=dtype, threads=args.threads, disable_tqdm=args.disable_tqdm)
     faster = speedups(timed, args.models[0])
     table = Table(
         "model",

@@ -254,9 +254,12 @@ def test_evaluate_refuses_what_has_nothing_to_say(
 
 def test_bench(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(place / "model"), str(place / "slim"), "--shapes", "1x8,2x16", "--threads", "1"]) == 0
-    shown = capsys.readouterr().out
+    told = capsys.readouterr()
     for word in ("speed-up", "1x8", "2x16", "1.00x", "0.0", "threads 1", "torch"):
-        assert word in shown, word
+        assert word in told.out, word
+    assert "latency 1x8" in told.err
+    assert main(["bench", str(place / "model"), "--shapes", "1x8", "--threads", "1", "--disable-tqdm"]) == 0
+    assert "latency" not in capsys.readouterr().err
     assert "--shapes" in fails(capsys, "bench", place / "model", "--shapes", "1-8")
     assert "`shapes`" in fails(capsys, "bench", place / "model", "--shapes", "0x8")
     assert "132" in fails(capsys, "bench", place / "model", "--shapes", "1x133")
