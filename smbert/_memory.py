@@ -21,7 +21,7 @@ def freed_memory_kept() -> Iterator[None]:
 
     Whether glibc gives blocks back depends on what the process did before. Where it does, the faults are a tenth of a wide model's
     time and less of a narrow one's, so that one pair of models was 1.96x apart in one process and 1.79x in another. The first few
-    passes (five at most were seen) still fault: torch asks for aligned blocks, glibc looks for the size and the alignment together,
+    passes (nine at most were seen) still fault: torch asks for aligned blocks, glibc looks for the size and the alignment together,
     and the hole that a block leaves is too small for the next like it until holes have merged. So time after a warm-up. Elsewhere
     than on glibc nothing happens.
     """
