@@ -6,7 +6,8 @@ installed.
 
 A slim model is a stock transformers model whose Linears are resized at the end of `__init__`, before any weights are
 loaded. Its config adds `layer_widths = [[heads, ffn], ...]` and keeps `num_attention_heads` at the unpruned number,
-since hidden_size / num_attention_heads is what every family uses as the size of a head.
+since hidden_size / num_attention_heads is what every family uses as the size of a head. A part of a layer that has lost all units still
+adds its bias and norms the sum, unless `passed_by = [[attention, ffn], ...]` takes that out too.
 """
 
 # No `from __future__ import annotations` here: `strict` does not validate config fields whose types are strings.
@@ -235,6 +236,12 @@ def _resize_layers(model: Any) -> None:
                 _pass_by(family.get(layer, part), family.get(layer, ADD_NORMS[part]))
 
 
+@functools.cache
+def _mixed(mixin: type, stock: Any) -> Any:
+    name = mixin.__name__.removesuffix("Mixin") + stock.__name__
+    return type(name, (mixin, stock), {"__module__": __name__, "__qualname__": name})
+
+
 class FactorisedEmbedding(nn.Embedding):
     """A word embedding as a product: a table (vocabulary, rank), and a projection to the width that the model expects."""
 
@@ -265,12 +272,6 @@ class NoHeadsMixin:
         return states, hidden_states.new_zeros(batch, 0, length, length)  # no attention weights
 
 
-@functools.cache
-def _without_heads(attention: type) -> type:
-    name = f"NoHeads{attention.__name__}"
-    return type(name, (NoHeadsMixin, attention), {"__module__": __name__, "__qualname__": name})
-
-
 def _remove_attention(family: Family, attention: Any) -> None:
     inside = family.attention + "."
     projections = (family.query,) if family.fused_qkv else (family.query, family.key, family.value)
@@ -278,8 +279,7 @@ def _remove_attention(family: Family, attention: Any) -> None:
     # BERT-like layers call the output projection elsewhere; ModernBERT's is followed by a dropout.
     outputs = [family.attention_output, f"{inside}out_drop"] if family.attention_output.startswith(inside) else []
     attention.outputs = tuple(p.removeprefix(inside) for p in outputs if hasattr(attention, p.removeprefix(inside)))
-    kind: Any = type(attention)
-    attention.__class__ = _without_heads(kind)
+    attention.__class__ = _mixed(NoHeadsMixin, attention.__class__)
 
 
 class EmptyLinear(nn.Linear):
@@ -300,19 +300,12 @@ class PassedByMixin:
         return input_tensor + output if module.training else input_tensor
 
 
-@functools.cache
-def _passed_by_class(add_norm: type) -> type:
-    name = f"PassedBy{add_norm.__name__}"
-    return type(name, (PassedByMixin, add_norm), {"__module__": __name__, "__qualname__": name})
-
-
 def _pass_by(add_norm: Any, projection: nn.Module) -> None:
     assert projection is add_norm.dense  # in all families that name an `add_norm`
     projection.__class__ = EmptyLinear
     projection.register_parameter("bias", None)
     add_norm.LayerNorm = None
-    kind: Any = type(add_norm)
-    add_norm.__class__ = _passed_by_class(kind)
+    add_norm.__class__ = _mixed(PassedByMixin, add_norm.__class__)
 
 
 class SlimMPNetSelfAttention(MPNetSelfAttention):
@@ -345,29 +338,36 @@ class SlimConfigMixin:
             self.auto_map = auto_map(family_of(self))
 
     def validate_layer_widths(self) -> None:
-        """Raises ValueError unless `layer_widths` and `kept_heads` fit the other sizes."""
+        """Raises ValueError unless `layer_widths`, and `passed_by` and `kept_heads` with them, fit the other sizes."""
         config: Any = self
         if config.layer_widths is None:
             return
         heads, ffn = config.num_attention_heads, getattr(config, family_of(config).intermediate_size)
-        if len(config.layer_widths) != config.num_hidden_layers:
-            raise ValueError(
-                f"`layer_widths` must have one pair for each of the {config.num_hidden_layers} layers, "
-                f"got {len(config.layer_widths)}."
-            )
+        for name in ("layer_widths", "passed_by"):
+            pairs = getattr(config, name)
+            if pairs is not None and len(pairs) != config.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` must have one pair for each of the {config.num_hidden_layers} layers, got {len(pairs)}."
+                )
         for pair in config.layer_widths:
             if len(pair) != 2 or not 0 <= pair[0] <= heads or not 0 <= pair[1] <= ffn:
                 raise ValueError(f"`layer_widths` must hold pairs [0..{heads} heads, 0..{ffn} neurons], got {pair}.")
-        if len(passed_by(config)) != config.num_hidden_layers:
-            raise ValueError(f"`passed_by` must have one pair for each of the {config.num_hidden_layers} layers.")
-        can = [bool(getattr(family_of(config), part)) for part in ADD_NORMS]
-        for number, (widths, gone) in enumerate(zip(config.layer_widths, passed_by(config))):
-            if any(passed and (size or not able) for passed, size, able in zip(gone, widths, can)):
+        self._check_passed_by()
+        self._check_kept_heads()
+
+    def _check_passed_by(self) -> None:
+        config: Any = self
+        able = [bool(getattr(family_of(config), part)) for part in ADD_NORMS]
+        for number, (widths, passed) in enumerate(zip(config.layer_widths, passed_by(config), strict=True)):
+            if any(gone and (size or not can) for gone, size, can in zip(passed, widths, able, strict=True)):
                 raise ValueError(
                     f"`passed_by` must be false for parts with units, and in families whose layers norm by themselves, got "
-                    f"{list(gone)} in layer {number} of widths {widths}."
+                    f"{list(passed)} in layer {number} of widths {widths}."
                 )
-        kept = config.kept_heads
+
+    def _check_kept_heads(self) -> None:
+        config: Any = self
+        heads, kept = config.num_attention_heads, config.kept_heads
         if kept is None:
             if family_of(config).shared_head_bias and any(pair[0] < heads for pair in config.layer_widths):
                 raise ValueError(f"`kept_heads` must list the heads that {config.model_type} keeps, got None.")
@@ -413,7 +413,7 @@ def _slim_classes(family: Family) -> dict[type, type]:
         {
             "__module__": __name__,
             "__qualname__": name,
-            "__doc__": f"{stock_config.__name__} with `layer_widths` [[heads, ffn], ...] and `kept_heads` per layer.",
+            "__doc__": f"{stock_config.__name__} with `layer_widths` [[heads, ffn], ...], `kept_heads` and `passed_by` per layer.",
             "__annotations__": {
                 "layer_widths": list[list[int]] | None,
                 "kept_heads": list[list[int]] | None,

@@ -210,16 +210,15 @@ def pass_by(model: PreTrainedModel, parts: Sequence[tuple[int, int]] | None = No
     Raises:
         ValueError: a part that is not one of them.
     """
-    able, gone = empty_parts(model), [list(pair) for pair in passed_by(model.config)]
+    able, passed = empty_parts(model), [list(pair) for pair in passed_by(model.config)]
     chosen = able if parts is None else parts
     if other := [part for part in chosen if part not in able]:
         raise ValueError(
             f"`parts` must be among the empty ones that can be passed by, {able}, got {other[0]}. To resolve, leave it out."
         )
     for layer, part in chosen:
-        gone[layer][part] = True
-    full = PruningPlan.full(model)
-    return _rebuild(model, list(range(len(gone))), full, gone)
+        passed[layer][part] = True
+    return _rebuild(model, range(len(passed)), PruningPlan.full(model), passed)
 
 
 @contextlib.contextmanager
@@ -272,7 +271,7 @@ def _check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 
 def _rebuild(
-    model: PreTrainedModel, layers: Sequence[int], plan: PruningPlan, gone: Sequence[Sequence[bool]] | None = None
+    model: PreTrainedModel, layers: Sequence[int], plan: PruningPlan, passed: Sequence[Sequence[bool]] | None = None
 ) -> PreTrainedModel:
     """Builds the class and config that can hold the result, and fills it with cut copies of the model's tensors.
 
@@ -280,10 +279,10 @@ def _rebuild(
         model: left untouched.
         layers: the layers to take, by their numbers in `model`.
         plan: the units to take in each of these layers, by their numbers in `model`.
-        gone: for each layer of `model`, the parts that are passed by; None: as now.
+        passed: for each layer of `model`, whether its two parts shall be passed by; None: as now.
     """
     target = _target_class(model, plan)
-    config = _target_config(model, target, layers, plan, gone or passed_by(model.config))
+    config = _target_config(model, target, layers, plan, passed or passed_by(model.config))
     with torch.device("meta"):
         result = target(config)
     if getattr(model, "pooler", result) is None:  # AutoModel(..., add_pooling_layer=False) is not in the config
@@ -356,7 +355,7 @@ def _target_class(model: PreTrainedModel, plan: PruningPlan) -> Any:
 
 
 def _target_config(
-    model: PreTrainedModel, target: Any, layers: Sequence[int], plan: PruningPlan, gone: Sequence[Sequence[bool]]
+    model: PreTrainedModel, target: Any, layers: Sequence[int], plan: PruningPlan, passed: Sequence[Sequence[bool]]
 ) -> Any:
     family, old = family_of(model), model.config
     # Copied field by field, since rebuilding from a dict forgets the attention back end and other private state.
@@ -375,8 +374,8 @@ def _target_config(
     if type(config) in STOCK_CLASSES:
         config.auto_map = auto_map(family)
         config.layer_widths = [[heads, ffn] for heads, ffn in plan.layer_widths]
-        passed = [list(gone[layer]) for layer in layers]
-        config.passed_by = passed if any(map(any, passed)) else None
+        chosen = [list(passed[layer]) for layer in layers]
+        config.passed_by = chosen if any(map(any, chosen)) else None
         config.kept_heads = None
         if family.shared_head_bias:
             before = getattr(old, "kept_heads", None) or [range(old.num_attention_heads)] * old.num_hidden_layers

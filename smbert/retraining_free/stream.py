@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling import encoder_layers, family_of
+from ..modeling import ADD_NORMS, encoder_layers, family_of
 
-PARTS = ("attention_output", "ffn_out")  # the output projections, in the order in which data passes them
+PARTS = tuple(ADD_NORMS.values())  # the output projections, in the order in which data passes them
 _LABELS = ("labels", "label", "teacher_logits", "start_positions", "end_positions")
 
 

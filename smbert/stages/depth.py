@@ -119,14 +119,16 @@ class DepthReduction(TrainingStage):
                 "To resolve, put a finetune stage with the same `task` before it."
             )
         widths, kept = before.structure.layer_widths, self.kept(before.structure)
-        passed = before.structure.passed_by or [(False, False)] * len(widths)
         if kept is None:
             kept = list(range(self.target(len(widths))))
             after = replace(after, heads_known=before.heads_known and len({heads for heads, _ in widths}) == 1)
+        passed = before.structure.passed_by
         return replace(
             after,
             structure=replace(
-                before.structure, layer_widths=tuple(widths[i] for i in kept), passed_by=tuple(passed[i] for i in kept)
+                before.structure,
+                layer_widths=tuple(widths[i] for i in kept),
+                passed_by=tuple(passed[i] for i in kept if passed),
             ),
             task=before.task if self.method == "truncate" else after.task,  # nothing is trained, the head stays
         )
