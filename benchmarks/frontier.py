@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-train-samples", type=int, help="a fixed random subset of each task's training rows")
     more_text.add_arguments(parser, "none")
     parser.add_argument("--speedups", default="2,4,6,10,15", help="at a batch of 32 x 128 (default: %(default)s)")
+    parser.add_argument("--at", help="those of --speedups whose cells are wanted now (default: all)")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma separated (default: %(default)s)")
     parser.add_argument("--recipe", default="frontier", help="of the family: name or YAML file (default: %(default)s)")
     parser.add_argument(
@@ -91,6 +92,9 @@ def run(args: argparse.Namespace) -> None:
     speedups = sorted(set(numbers(args.speedups, "--speedups")))
     if speedups[0] <= 1:
         raise ValueError(f"`--speedups` must be above 1, got {args.speedups!r}. To resolve, try 2,4,6.")
+    now = numbers(args.at, "--at") if args.at else speedups
+    if not set(now) <= set(speedups):
+        raise ValueError(f"`--at` must be among --speedups {args.speedups}, got {args.at!r}. To resolve, leave it out.")
     more_text.check(args)
     recipe, paper = as_recipe(args.recipe), as_recipe(args.paper_recipe)
     if changes := pairs(args.changes, "--set"):
@@ -113,7 +117,9 @@ def run(args: argparse.Namespace) -> None:
     for seed in (int(s) for s in args.seeds.split(",")):
         for name, (task, splits) in data.items():
             wanted = {
-                file: (sized, s) for file, sized, s in cells(out, name, seed, methods, speedups, args.small_model)
+                file: (chosen, speedup)
+                for file, chosen, speedup in cells(out, name, seed, methods, speedups, args.small_model)
+                if speedup in now
             }
             if wanted:
                 texts = limited(splits, args.max_train_samples, seed)

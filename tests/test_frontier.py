@@ -141,6 +141,8 @@ def test_every_method_in_every_cell_and_resumed(
     monkeypatch.setattr(methods, "run_peer", fake_peer)
     monkeypatch.setattr(frontier, "absent", lambda name, python: None)
     command += ["--peer-python", "some-python"]
+    assert frontier.main([*command, "--methods", "truncated", "--at", "6"]) == 0
+    assert [row.name for row in Report.read(out).rows if row.name.endswith("x")] == ["truncated 6x"]
     assert frontier.main(command) == 0
     assert "small was left out: no small checkpoint was named" in capsys.readouterr().err
     report = Report.read(out)
@@ -222,6 +224,7 @@ def test_every_method_in_every_cell_and_resumed(
         (["--methods", "smbert,lottery"], "`--methods` must be among smbert, smbert-small"),
         (["--speedups", "fast"], "`--speedups`"),
         (["--speedups", "1,2"], "`--speedups` must be above 1"),
+        (["--at", "6,8"], "`--at` must be among --speedups 2,6, got '6,8'"),
         (["--recipe", "smbert", "--set", "max_length=32"], "exactly one retraining_free stage"),
         (["--tasks", "rte,poetry"], "poetry"),
         (["--pool-samples", "0"], "`--pool-samples` must be at least 1"),
