@@ -98,11 +98,11 @@ def compress_family(
     members: dict[float, CompressionResult] = {}
     int8_teacher = options.pop("int8_teacher", True)
     prune, place = pruning[0], chain.stages.index(pruning[0])
-    teacher, start, by_stage = options.pop("teacher", None), model, 1.0
+    teacher, start, reached = options.pop("teacher", None), model, 1.0
     for speedup in sorted(set(speedups)):
-        # A factor on what the member before has reached, both timed in turns: milliseconds of hours ago were another pace. Where it
-        # has reached this speed-up already, a hair is left to prune.
-        step = replace(prune, macs=None, params=None, latency_ms=None, speedup=max(1.01, round(speedup / by_stage, 4)))
+        # A factor on what the member before has reached: milliseconds of hours ago were another pace. Where it has reached this
+        # speed-up already, a hair is left to prune.
+        step = replace(prune, macs=None, params=None, latency_ms=None, speedup=max(1.01, round(speedup / reached, 4)))
         result = compress(
             start,
             replace(chain, stages=tuple(step if s is prune else trained_for(s, speedup) for s in chain.stages)),
@@ -118,13 +118,14 @@ def compress_family(
         report.notes += [note for note in result.report.notes if note not in report.notes]
         record = result.output_dir / chain.folder_names[place] / "stage.json"
         timed = json.loads(record.read_text(encoding="utf-8"))["latency_ms"]
-        by_stage *= timed["speedup"]  # each in turns with the member before
+        # In turns with the teacher: a product of all members' factors would hold the errors of them all. Older records have those alone.
+        reached = timed.get("teacher_speedup", reached * timed["speedup"])
         if len(members) == 1:
             made = result.output_dir / "00-teacher"
             teacher = teacher or (made if made.is_dir() else model)
             options["new_head"] = False  # the members have it
         start = result.model_dir
-        _add(report, speedup, result, prune, by_stage)
+        _add(report, speedup, result, prune, reached)
         if process_state().is_main_process:
             report.write(out)
     if process_state().is_main_process:
@@ -148,11 +149,11 @@ def trained_for(stage: Stage, speedup: float) -> Stage:
 
 
 def _add(
-    report: Report, speedup: float, result: CompressionResult, prune: RetrainingFreePruning, by_stage: float
+    report: Report, speedup: float, result: CompressionResult, prune: RetrainingFreePruning, pruned: float
 ) -> None:
     """The member's row under its own name, the teacher's once, and whether the speed-up was honoured.
 
-    The rows are timed in torch with the threads of the run; where the budget was in other times, `by_stage` tells.
+    The rows are timed in torch with the threads of the run; where the budget was in other times, `pruned` tells: the stage's own factor.
     """
     rows = {row.name: row for row in result.report.rows}
     if STUDENT not in rows:  # another process measures
@@ -166,7 +167,7 @@ def _add(
             report.add(row)
     where = [] if prune.engine in (None, "torch") else [f"behind {prune.engine}"]
     where += [] if prune.threads is None else [f"with {prune.threads} thread{'' if prune.threads == 1 else 's'}"]
-    reached = by_stage if where else rows[STUDENT].speedup.get(prune.shape)
+    reached = pruned if where else rows[STUDENT].speedup.get(prune.shape)
     if reached is not None:
         honoured = TOLERANCE[0] <= reached / speedup <= TOLERANCE[1]
         report.notes.append(

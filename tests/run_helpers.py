@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,7 +24,7 @@ from smbert.context import Context
 from smbert.inputs import tokenised
 from smbert.recipe import Recipe
 from smbert.retraining_free.cost_table import CostTable, counted_costs
-from smbert.stages import DepthReduction, Distill, Finetune, RetrainingFreePruning, WidthPruning, retraining_free
+from smbert.stages import DepthReduction, Distill, Finetune, WidthPruning, retraining_free
 from smbert.surgery import structure_of
 from smbert.tasks import Task, prepare
 from smbert.trainer import SmbertTrainer
@@ -214,9 +214,12 @@ def millisecond_per_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     def table(model: Any, heads: Any, ffn: Any, *_: Any, **__: Any) -> CostTable:
         return replace(counted_costs(model, "macs", heads, ffn), name="latency_ms")
 
-    def measured(_: Any, model: Any, pruned: Any, costs: CostTable) -> dict[str, float]:
-        before, after = (costs.total(structure_of(m).layer_widths) for m in (model, pruned))
-        return {"predicted": after, "measured": after, "before": before, "speedup": before / after}
+    def whole(models: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, float]:
+        widths = {name: structure_of(model).layer_widths for name, model in models.items()}
+        return {
+            name: table(model, *map(set, zip((0, 0), *widths[name]))).total(widths[name])
+            for name, model in models.items()
+        }
 
     monkeypatch.setattr(retraining_free, "latency_table", table)
-    monkeypatch.setattr(RetrainingFreePruning, "_measured", measured)
+    monkeypatch.setattr(retraining_free, "whole_models_ms", whole)

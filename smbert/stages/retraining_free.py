@@ -193,7 +193,7 @@ class RetrainingFreePruning(Stage):
         }
         pace = info.pop("pace", 1.0)
         if self.timed:
-            told = self._alone(lambda: self._measured(model, pruned, table))
+            told = self._alone(lambda: self._measured(model, pruned, table, context.teacher))
             if told is not None:
                 info["latency_ms"] = {**told, "predicted": told["predicted"] * pace, "pace": pace}
         return pruned, info
@@ -313,12 +313,16 @@ class RetrainingFreePruning(Stage):
         finally:
             process_state().wait_for_everyone()
 
-    def _measured(self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable) -> dict[str, float]:
-        """Predicted and measured milliseconds of the result, with what came in timed in the same turns.
+    def _measured(
+        self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable, teacher: PreTrainedModel | None = None
+    ) -> dict[str, float]:
+        """Predicted and measured milliseconds of the result, with what came in, and the teacher, timed in the same turns.
 
         For a factor the prediction is the table's share of what came in as timed in these turns: the table may be of another pace.
         """
         models = {"before": model, "after": pruned}
+        if teacher is not None:
+            models["teacher"] = on_device(teacher)
         ms = whole_models_ms(models, self._conditions(), min_runs=20, min_seconds=20)
         predicted, base = (table.total(structure_of(m).layer_widths) for m in (pruned, model))
         return {
@@ -326,4 +330,5 @@ class RetrainingFreePruning(Stage):
             "measured": ms["after"],
             "before": ms["before"],
             "speedup": ms["before"] / ms["after"],
+            **({"teacher_speedup": ms["teacher"] / ms["after"]} if "teacher" in ms else {}),
         }
