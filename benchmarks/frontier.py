@@ -71,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-train-samples", type=int, help="a fixed random subset of each task's training rows")
     more_text.add_arguments(parser, "none")
     parser.add_argument("--speedups", default="2,4,6,10,15", help="at a batch of 32 x 128 (default: %(default)s)")
-    parser.add_argument("--at", help="those of --speedups whose cells are wanted now (default: all)")
+    parser.add_argument(
+        "--at",
+        help="those of --speedups whose cells are wanted now; small and small-taught go with the last (default: all)",
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help="comma separated (default: %(default)s)")
     parser.add_argument("--recipe", default="frontier", help="of the family: name or YAML file (default: %(default)s)")
     parser.add_argument(
