@@ -157,7 +157,7 @@ def add_compress_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     )
     group.add_argument(
         "--speedups",
-        help="2,3,4,6: a family of models in one run, each pruned from the one before (small steps tend to keep more), by the frontier "
+        help="2,3,4,6: a family of models in one run, each pruned from the one before (small steps can keep more), by the frontier "
         "recipe unless another prunes to a speed-up",
     )
     group.add_argument("--new-head", action="store_true", help="replace a head that was trained on other labels")

@@ -57,7 +57,7 @@ def compress_family(
     Args:
         model: folder, Hub id or loaded model, as for `compress`.
         speedups: factors above 1, measured as the recipe's `retraining_free` stage says (`shape`, `threads`). Members in
-            between, even where nobody asks for them, tend to leave the faster ones nearer to the original.
+            between, even where nobody asks for them, can leave the faster ones nearer to the original.
         recipe: with exactly one `retraining_free` stage, whose budget is set for each member.
         output_dir: a folder such as "4x" for each member, and the report of all.
         command: what the report names as the command that made it.
