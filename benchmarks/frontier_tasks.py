@@ -104,8 +104,12 @@ def metric_of(row: Row | None) -> str:
 
 
 def picture(rows: Rows, tasks: Sequence[str]) -> bytes:
-    """PNG: retention against the measured speed-up: a thin line for each task, and their mean."""
-    timed = {name: own for name, own in rows.items() if all(SHAPE in row.speedup for row in own.values())}
+    """PNG: the families' retention against their measured speed-up, a thin line for each task, and the mean; no peers."""
+    timed = {
+        name: own
+        for name, own in rows.items()
+        if (name == TEACHER or name.startswith("smbert ")) and all(SHAPE in row.speedup for row in own.values())
+    }
     figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
     axes = figure.subplots()
     for task in tasks:

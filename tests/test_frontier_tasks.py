@@ -54,7 +54,12 @@ def test_means_are_of_members_that_all_tasks_have(join: ModuleType, tmp_path: Pa
     ]  # fmt: skip
     assert cells[4][1:] == [".600 (75.0 %)", "", "", "1.00 M", "0.50 M", "4.00x / –", "8.00x / –"]
     assert cells[5][3:] == ["50.0 %", "", "", "", ""]
-    assert (tmp_path / "out" / "tasks.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "out" / "tasks.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    with_peer = folder_of(tmp_path / "peer", "mrpc", "f1", {"smbert 2x": (0.72, 4.0), "truncated 2x": (0.5, 2.0)})
+    assert join.main([folders[0], with_peer, "--output", str(tmp_path / "out")]) == 0
+    assert "| truncated 2x |  | .500 (62.5 %) |" in (tmp_path / "out" / "tasks.md").read_text()
+    assert (tmp_path / "out" / "tasks.png").read_bytes() == drawn  # the picture is of the families
 
 
 def test_folders_that_do_not_go_together_are_refused_before_anything_is_written(
