@@ -78,6 +78,7 @@ def mean_retention(own: Mapping[str, Row], tasks: Sequence[str]) -> float | None
 
 
 def table(rows: Rows, tasks: Sequence[str]) -> str:
+    """Markdown: metric and retention of each task, means of retention and sizes, and each task's speed-ups in the order of the tasks."""
     metrics = {task: next(own[task].metric_name for own in rows.values() if task in own) for task in tasks}
     titles = ["model", *(f"{task} {metrics[task]}" for task in tasks), "mean retention", "parameters", "encoder"]
     lines = [[*titles, *(f"speed-up {shape}" for shape in SHAPES)], ["---"] * (len(titles) + len(SHAPES))]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -15,13 +16,11 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def join(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def join(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("benchmarks_frontier_tasks", BENCHMARKS / "frontier_tasks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    yield importlib.import_module("frontier_tasks")
+    for name in ("frontier_tasks", "frontier", "frontier_methods", "frontier_peers", "more_text"):
+        sys.modules.pop(name, None)
 
 
 def folder_of(place: Path, task: str, metric_name: str, models: dict[str, tuple[float, float]]) -> str:
@@ -39,7 +38,7 @@ def folder_of(place: Path, task: str, metric_name: str, models: dict[str, tuple[
     return str(place / task)
 
 
-def test_means_are_of_members_that_all_tasks_have(join: ModuleType, tmp_path: Path) -> None:
+def test_means_are_of_members_that_all_tasks_have(join: Any, tmp_path: Path) -> None:
     folders = [
         folder_of(tmp_path, "rte", "accuracy", {"smbert 2x": (0.8, 2.0), "smbert 8x": (0.6, 8.0)}),
         folder_of(tmp_path, "mrpc", "f1", {"smbert 2x": (0.72, 4.0)}),
@@ -63,7 +62,7 @@ def test_means_are_of_members_that_all_tasks_have(join: ModuleType, tmp_path: Pa
 
 
 def test_folders_that_do_not_go_together_are_refused_before_anything_is_written(
-    join: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    join: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rte = folder_of(tmp_path, "rte", "accuracy", {"smbert 2x": (0.8, 2.0)})
     same = folder_of(tmp_path / "again", "rte", "accuracy", {"smbert 2x": (0.8, 2.0)})
