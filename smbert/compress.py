@@ -135,8 +135,8 @@ def compress(
         compute_metrics: EvalPrediction (also a pair: logits, labels) -> {name: value}, the headline first; default: the task's metrics.
         target: {"speedup": 6}, {"params": "35%"} or {"latency_ms": 12}; sets the recipe's sizes by measuring on this device.
         output_dir: where everything goes.
-        states_dir: keeps the teacher's hidden states for other runs with the same teacher and texts, gigabytes of them; by default
-            each stage makes its own and deletes them.
+        states_dir: keeps what the teacher answers for other runs with the same teacher and texts, its hidden states above all, gigabytes
+            of them; by default each stage makes its own and deletes them.
         args: `TrainingArguments` fields for every training stage (bf16, gradient_accumulation_steps, report_to, ...).
         seed: of all random choices.
         resume: go on from an earlier run in `output_dir`; False starts over.

@@ -18,7 +18,7 @@ from ._rows import at_most
 from .measure import max_positions
 from .surgery import structure_of
 from .tasks import Task
-from .teacher import DistillCollator, predict_logits
+from .teacher import DistillCollator, cached_logits, predict_logits
 from .trainer import uses_bf16
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,7 +54,8 @@ class Context:
         args: `TrainingArguments` fields that the user set for every training stage.
         seed: of every random choice.
         cache_dir: teacher logits and other reusable intermediate results.
-        states_dir: the teacher's hidden states for several stages or runs; None: each stage makes its own and deletes them.
+        states_dir: what the teacher answers to several stages or runs, its hidden states above all; None: each stage makes its own and
+            deletes them.
         results: folders of the stages that are done, by their folder name such as "01-finetune".
         compute_metrics: replaces the task's own metrics; EvalPrediction (also a pair: logits, labels) -> {name: value}, the headline first.
     """
@@ -92,12 +93,16 @@ class Context:
     def evaluate(self, model: PreTrainedModel, task: str | None = None, limit: int | None = None) -> dict[str, float]:
         """Metrics on the validation split (a fixed sample of `limit` rows), the headline first.
 
-        In fp32, so that a figure does not depend on the hardware.
+        In fp32, so that a figure does not depend on the hardware. The teacher's answers are kept: every report holds its metric.
         """
         data = self.data_for(task)
         rows = at_most(data.validation, limit, "limit")
         labels = np.asarray(rows["labels"][:])
-        logits = predict_logits(model, rows, self.collator, disable_tqdm=self.disable_tqdm)
+        if model is self.teacher:
+            place = self.states_dir or self.cache_dir
+            logits = cached_logits(model, rows, self.collator, place, disable_tqdm=self.disable_tqdm, alone=True)
+        else:
+            logits = predict_logits(model, rows, self.collator, disable_tqdm=self.disable_tqdm)
         if self.compute_metrics is not None and data is self.data:
             return self._own_metrics(logits, labels)
         metrics = data.task.compute(logits, labels)

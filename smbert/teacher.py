@@ -198,13 +198,14 @@ def cached_logits(
     batch_size: int = 64,
     bf16: bool = False,
     disable_tqdm: bool = False,
+    alone: bool = False,
 ) -> np.ndarray:
     """Like `predict_logits`, but computed only if `cache_dir` does not hold the answer yet.
 
     The key is the sha256 of the teacher's weights and config, the rows' inputs and the precision. Beside NAME.npy lies
     NAME.json, which says what it holds; a file that does not match it is computed again, with a warning. Under
     torch.distributed the main process computes while the others wait (no longer than the process group's timeout), and
-    all read the same file, so `cache_dir` has to be visible to all of them.
+    all read the same file, so `cache_dir` has to be visible to all of them; `alone` is for what one process asks for itself.
 
     Raises:
         ValueError: as `predict_logits`, or logits that are not finite.
@@ -219,15 +220,15 @@ def cached_logits(
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir) / f"logits-{key}.npy"
     state = process_state()
-    if state.is_main_process:
-        # The others must not wait for a process that has failed, so they are released in any case.
+    if alone or state.is_main_process:
         try:
             if (logits := _read(path, len(dataset))) is None:
                 logits = predict_logits(teacher, dataset, collator, batch_size, bf16, disable_tqdm)
                 _check_finite(logits)
                 _write(path, logits, about)
         finally:
-            state.wait_for_everyone()
+            if not alone:  # the others must not wait for a process that has failed
+                state.wait_for_everyone()
         return logits
     state.wait_for_everyone()
     if (shared := _read(path, len(dataset))) is None:

@@ -348,6 +348,23 @@ def test_cached_logits_spare_the_teacher_the_second_run(
     assert calls == []
 
 
+def test_the_teacher_is_judged_once_whoever_asks(context: Context, teacher: PreTrainedModel, tmp_path: Path) -> None:
+    calls, student = counted(teacher), tiny("bert")
+    first = replace(context, teacher=teacher).evaluate(teacher)
+    assert sum(calls) == len(context.data.validation)
+    # Another run reads it as well, where both have a folder for what the teacher answers.
+    assert replace(context, teacher=teacher).evaluate(teacher) == first
+    shared = replace(context, teacher=teacher, states_dir=tmp_path / "states")
+    assert shared.evaluate(teacher) == first
+    calls.clear()
+    assert replace(shared, cache_dir=tmp_path / "elsewhere").evaluate(teacher) == first
+    assert calls == []
+    # A student changes from one call to the next, so nothing of it is kept.
+    before = len(list(context.cache_dir.glob("*")))
+    assert replace(context, teacher=teacher).evaluate(student) == context.evaluate(student)
+    assert len(list(context.cache_dir.glob("*"))) == before
+
+
 def test_a_live_teacher_runs_beside_every_step(
     context: Context, teacher: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,9 @@ model = t.tiny("bert") if rank == "0" else t.Mute(t.tiny("bert"))
 logits = t.cached_logits(model, t.make_rows(), t.collator, folder, disable_tqdm=True)
 assert t.torch.distributed.get_world_size() == 2
 np.save(f"{folder}/rank{rank}", logits)
+if rank == "0":  # the other does not ask
+    alone = t.cached_logits(t.tiny("bert"), t.make_rows(), t.collator, f"{folder}/alone", disable_tqdm=True, alone=True)
+    assert np.array_equal(alone, logits)
 with t.torch.no_grad():
     for p in model.parameters():
         p.fill_(t.torch.nan)
