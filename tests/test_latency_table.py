@@ -249,7 +249,7 @@ def test_timed_and_left_with_the_models_own_attention(context, tmp_path, monkeyp
         return {name: {"ms": {"p10": ms.get(name) or 1 + float(name.split()[1])}} for name in models}
 
     monkeypatch.setattr(module, "latency_on", timed)
-    monkeypatch.setattr(RetrainingFreePruning, "_measured", lambda *_: {"predicted": 1.0, "measured": 1.0})
+    monkeypatch.setattr(RetrainingFreePruning, "_measured", lambda *_, **__: {"predicted": 1.0, "measured": 1.0})
     model = tiny("bert", layers=2)
     assert model.config._attn_implementation == "sdpa"
     options = {"samples": 64, "calibration": 16, "search_steps": 0, "ffn_levels": 4, "shape": "2x16", "threads": 1}

@@ -296,7 +296,7 @@ def test_regression_and_several_classes(context, tmp_path, labels, tokenizer):
 def test_only_the_main_process_measures(context, tmp_path, monkeypatch):
     millisecond_per_mac(monkeypatch)
     measured, waited = [], []
-    fake = lambda *_: measured.append(1) or {"predicted": 2.0, "measured": 3.0}  # noqa: E731
+    fake = lambda *_, **__: measured.append(1) or {"predicted": 2.0, "measured": 3.0}  # noqa: E731
     monkeypatch.setattr(RetrainingFreePruning, "_measured", fake)
     for main in (True, False):
         state = SimpleNamespace(is_main_process=main, wait_for_everyone=lambda main=main: waited.append(main))

@@ -302,7 +302,7 @@ class RetrainingFreePruning(Stage):
 
     def _pace(self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable) -> float:
         """How many times as long as the table says a pruned model takes: in a row its sub-layers need not take what each takes alone."""
-        told = self._alone(lambda: self._measured(model, pruned, table))
+        told = self._alone(lambda: self._measured(model, pruned, table, seconds=8))
         ratio = 0.0 if told is None else told["measured"] / told["predicted"]
         return float(sum_over_ranks(torch.tensor([ratio], dtype=torch.float64))[0])
 
@@ -314,7 +314,12 @@ class RetrainingFreePruning(Stage):
             process_state().wait_for_everyone()
 
     def _measured(
-        self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable, teacher: PreTrainedModel | None = None
+        self,
+        model: PreTrainedModel,
+        pruned: PreTrainedModel,
+        table: CostTable,
+        teacher: PreTrainedModel | None = None,
+        seconds: float = 20,
     ) -> dict[str, float]:
         """Predicted and measured milliseconds of the result, with what came in, and the teacher, timed in the same turns.
 
@@ -323,7 +328,7 @@ class RetrainingFreePruning(Stage):
         models = {"before": model, "after": pruned}
         if teacher is not None:
             models["teacher"] = on_device(teacher)
-        ms = whole_models_ms(models, self._conditions(), min_runs=20, min_seconds=20)
+        ms = whole_models_ms(models, self._conditions(), min_runs=20, min_seconds=seconds)
         predicted, base = (table.total(structure_of(m).layer_widths) for m in (pruned, model))
         return {
             "predicted": predicted if self.speedup is None else ms["before"] * predicted / base,
