@@ -117,6 +117,8 @@ FAMILIES: dict[str, Family] = {
         ffn_in="intermediate.dense",
         ffn_out="output.dense",
         attention="attention.attn",
+        attention_add_norm="attention",
+        ffn_add_norm="output",
         shared_head_bias=True,
     ),
     # transformers 5.15 and 5.16 refuse a ModernBERT whose layers are all of one kind (full or sliding attention); 5.17 does not.
@@ -300,16 +302,25 @@ class PassedByMixin:
         return input_tensor + output if module.training else input_tensor
 
 
+class PassedByWholeMixin:
+    """The same for a module that computes the attention too."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        module: Any = self
+        output, *weights = module.attn(hidden_states, *args, **kwargs)
+        return (hidden_states + output if module.training else hidden_states, *weights)
+
+
 def _pass_by(add_norm: Any, projection: nn.Module) -> None:
-    assert projection is add_norm.dense  # in all families that name an `add_norm`
+    whole = getattr(add_norm, "dense", None) is not projection
     projection.__class__ = EmptyLinear
     projection.register_parameter("bias", None)
     add_norm.LayerNorm = None
-    add_norm.__class__ = _mixed(PassedByMixin, add_norm.__class__)
+    add_norm.__class__ = _mixed(PassedByWholeMixin if whole else PassedByMixin, add_norm.__class__)
 
 
 class SlimMPNetSelfAttention(MPNetSelfAttention):
-    """MPNet attention that picks its own heads' columns of the position bias, which all layers share."""
+    """MPNet attention that picks its own heads' columns of the position bias, which all layers share; without training, in one kernel."""
 
     def __init__(self, config: Any, kept_heads: tuple[int, ...]) -> None:
         super().__init__(config)
@@ -326,7 +337,14 @@ class SlimMPNetSelfAttention(MPNetSelfAttention):
         if position_bias is not None:
             # (batch, unpruned heads, seq, seq) -> (batch, heads, seq, seq)
             position_bias = position_bias[:, self.kept_heads]
-        return super().forward(hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
+        # The kernel gives neither attention weights nor, at speed, a gradient of the bias.
+        if position_bias is None or output_attentions or torch.is_grad_enabled():
+            return super().forward(hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
+        shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+        query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q, self.k, self.v))
+        bias = position_bias if attention_mask is None else position_bias + attention_mask
+        states = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        return (self.o(states.transpose(1, 2).flatten(2)),)
 
 
 class SlimConfigMixin:

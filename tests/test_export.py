@@ -100,8 +100,9 @@ def test_fp32_answers_as_torch_at_other_batches_and_lengths(family: str, tmp_pat
     assert ("token_type_ids" in made.manifest["inputs"]) == typed
 
 
-def test_parts_that_are_passed_by(tmp_path: Path) -> None:
-    model = keep_units(tiny("bert", layers=3, num_labels=3), UNEVEN)
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_parts_that_are_passed_by(family: str, tmp_path: Path) -> None:
+    model = keep_units(tiny(family, layers=3, num_labels=3), UNEVEN)
     folder = checkpoint(tmp_path / "model", pass_by(model, empty_parts(model)))
     for precision in ("fp32", "int8"):
         made = export(folder, tmp_path / precision, max_length=32, precision=precision)

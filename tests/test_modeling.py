@@ -89,6 +89,7 @@ import sys
 import torch, transformers
 from safetensors.torch import load_file
 
+torch.set_grad_enabled(False)  # MPNet's attention takes another kernel without
 trust = sys.argv[1] == "trust"
 if trust:
     sys.modules["smbert"] = None  # importing it fails from here on, wherever it may be installed
@@ -232,7 +233,7 @@ def test_unknown_family():
         ({"layer_widths": [[2, 8], [1, 8]], "kept_heads": [[0, 1], [4]]}, "below 4"),
         ({"layer_widths": [[2, 8], [1, 8]], "kept_heads": [[1, 0], [3]]}, "sorted"),
         ({"layer_widths": [[4, 8], [4, 8]], "passed_by": [[False, False]]}, "one pair for each of the 2 layers"),
-        ({"layer_widths": [[4, 8], [4, 0]], "passed_by": [[False, False], [False, True]]}, "layers norm by themselves"),
+        ({"layer_widths": [[4, 8], [4, 1]], "passed_by": [[False, False], [False, True]]}, "parts with units"),
     ],
 )
 def test_bad_slim_configs(values, message, tmp_path):
@@ -243,6 +244,26 @@ def test_bad_slim_configs(values, message, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
+
+
+def test_a_family_whose_layers_norm_by_themselves_cannot_pass_by():
+    sizes = {"n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 64}
+    with pytest.raises(Exception, match="layers norm by themselves"):
+        SLIM_CLASSES[transformers.DistilBertConfig](
+            **sizes, layer_widths=[[4, 8], [4, 0]], passed_by=[[False, False], [False, True]]
+        )
+
+
+def test_mpnet_answers_alike_by_either_kernel():
+    model = slim("mpnet").eval()
+    inputs = batch(model)
+    inputs["attention_mask"][0, 5:] = 0
+    slow = model(**inputs).logits  # a gradient may be wanted
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, slow, atol=1e-6, rtol=0)
+        told = model(**inputs, output_attentions=True)
+        torch.testing.assert_close(told.logits, slow, atol=1e-6, rtol=0)
+    assert [a.shape[1] for a in told.attentions] == [heads for heads, _ in model.config.layer_widths]
 
 
 def test_labels(saved):

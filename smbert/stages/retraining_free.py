@@ -49,7 +49,7 @@ class RetrainingFreePruning(Stage):
     """Structured pruning of heads and neurons to a budget, with new weights for what stays; no training, no gold labels.
 
     Papers: ZipLM (Kurtic et al. 2023), Kwon et al. (2022), K-prune (Park et al. 2024). Whole sub-layers may vanish; in
-    BERT-like families their norms go with them (`retraining_free/empty_parts.py`).
+    BERT-like families and MPNet their norms go with them (`retraining_free/empty_parts.py`).
 
     Attributes:
         method: "obs": optimal brain surgery, a database of all sizes, and a search for the best of them. "fisher": mask search by
