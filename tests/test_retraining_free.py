@@ -11,17 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from run_helpers import millisecond_per_mac
-from tiny_models import tiny
+from tiny_models import batch, tiny
 
 from smbert.allocate import Budget, plan_for
 from smbert.importance import score
 from smbert.measure import count_parameters, macs
-from smbert.modeling import FAMILIES
+from smbert.modeling import FAMILIES, encoder_layers
 from smbert.retraining_free.calibration import CalibrationLoss, divergence
 from smbert.retraining_free.database import FILE
 from smbert.stages import Outline, retraining_free
 from smbert.stages.retraining_free import RetrainingFreePruning
-from smbert.surgery import keep_units, load_model, save_model, structure_of
+from smbert.surgery import PruningPlan, keep_units, load_model, save_model, structure_of
 
 QUICK = {"samples": 64, "calibration": 32, "batch_size": 16, "search_steps": 4, "ffn_levels": 4}
 
@@ -63,6 +63,33 @@ def test_closer_to_the_original_than_importance_alone(context, tmp_path):
     assert losses["fitted"] < 0.7 * losses["taylor"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_are_still_the_originals_are_not_run_again(family):
+    model = tiny(family)
+    batches = [batch(model, 8, 16, seed=seed) for seed in range(3)]
+    full = PruningPlan.full(model)
+    pruned = keep_units(model, PruningPlan((*full.heads[:2], (0,), ()), (*full.ffn[:2], (1, 2), (3,))))
+    loss, run = CalibrationLoss(model, batches, keep=True), []
+    inside = next(m for m in encoder_layers(pruned)[1].modules() if isinstance(m, torch.nn.Linear))
+    inside.register_forward_hook(lambda *_: run.append(1))
+    plain = loss(pruned)
+    assert len(run) == len(batches) and plain > 0
+    assert loss(pruned, same=2) == pytest.approx(plain, rel=1e-5) and len(run) == len(batches)
+    assert loss(pruned) == plain and len(run) == 2 * len(batches)  # the layers are as they were
+
+
+def test_what_is_lost_beyond_enough_is_not_asked_for():
+    model = tiny("bert")
+    batches = [batch(model, 8, 16, seed=seed) for seed in range(3)]
+    full = PruningPlan.full(model)
+    pruned, runs = keep_units(model, PruningPlan(tuple(() for _ in full.heads), full.ffn)), []
+    pruned.register_forward_hook(lambda *_: runs.append(1))
+    loss = CalibrationLoss(model, batches)
+    exact = loss(pruned)
+    assert loss(pruned, enough=exact) == exact and len(runs) == 6
+    assert exact / 10 < loss(pruned, enough=exact / 10) < exact and len(runs) == 7
+
+
 def test_the_better_of_both_fits_stays(context, tmp_path):
     model = tiny("bert")
     pruned, info = pruned_by(model, context, tmp_path, macs="60%")
@@ -78,10 +105,10 @@ def test_rows_that_judge_are_not_those_that_are_fitted(context, tmp_path, monkey
     seen = {}
 
     def spy(name, original):
-        def spied(model, batches, *args):
+        def spied(model, batches, *args, **kwargs):
             own = [tuple(row[row > 0].tolist()) for batch in batches for row in batch["input_ids"]]
             seen[name] = max(seen.get(name, []), own, key=len)  # a coarse loss judges a part of these rows
-            return original(model, batches, *args)
+            return original(model, batches, *args, **kwargs)
 
         return spied
 

@@ -139,11 +139,15 @@ def test_the_search_never_makes_it_worse_and_repeats_itself():
 
 def test_a_rough_loss_leads_the_search_and_the_real_one_judges_the_finalists():
     options, table, loss = planted([5.0, 1.0, 4.0, 2.0, 3.0, 1.5, 5.0, 0.5])
-    rough_of, judged = {}, []
+    rough_of, judged, given_up = {}, [], []
 
-    def rough(widths):
+    def rough(widths, enough):
         widths = tuple(widths)
-        return rough_of.setdefault(widths, loss(widths) * random.Random(f"3{widths}").uniform(0.3, 1.7))
+        exact = rough_of.setdefault(widths, loss(widths) * random.Random(f"3{widths}").uniform(0.3, 1.7))
+        if exact <= enough:
+            return exact
+        given_up.append(widths)
+        return (enough + exact) / 2
 
     def real(widths):
         judged.append(tuple(widths))
@@ -151,7 +155,7 @@ def test_a_rough_loss_leads_the_search_and_the_real_one_judges_the_finalists():
 
     found = find_sizes(options, table, 18, real, rough, steps=40)
     within = [widths for widths in rough_of if table.total(widths) <= 18]
-    assert judged == sorted(within, key=rough_of.__getitem__)[:4] and len(within) > 20
+    assert judged == sorted(within, key=rough_of.__getitem__)[:4] and len(within) > len(given_up) > 20
     assert found.loss == min(map(loss, judged)) == loss(found.widths) and found.evaluations == len(within)
     assert found.loss < loss(judged[0])  # what looked best was not
     assert chosen_again(found, options, table, 18).widths == found.widths  # the coefficients are those of the winner

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..modeling import encoder_layers
 from .reconstruct import Reduce
 from .stream import autocast_to, inputs_of
 
@@ -26,6 +28,8 @@ class CalibrationLoss:
         batches: this process's share of the calibration sample; labels are ignored.
         autocast: for example torch.bfloat16.
         reduce: sums a tensor over all ranks; None: this process is alone.
+        keep: what the original's layers put out, so that pruned forms need not run those that are still the same; takes (samples,
+            layers, seq, hidden) of memory.
 
     Raises:
         ValueError: no samples on any rank.
@@ -37,6 +41,7 @@ class CalibrationLoss:
         batches: Iterable[Mapping[str, Any]],
         autocast: torch.dtype | None = None,
         reduce: Reduce | None = None,
+        keep: bool = False,
     ):
         self.batches, self.autocast, self.reduce = (
             [inputs_of(batch, model.device) for batch in batches],
@@ -44,7 +49,16 @@ class CalibrationLoss:
             reduce,
         )
         self.kind = problem_kind(model)
-        self.targets = [self._answers(model, batch) for batch in self.batches]
+        self.outputs: list[list[Any]] = [[] for _ in self.batches]
+        with contextlib.ExitStack() as stack:
+            for layer in encoder_layers(model) if keep else ():
+                hook = layer.register_forward_hook(
+                    lambda _, args, output: self.outputs[len(self.targets)].append(output)
+                )
+                stack.callback(hook.remove)
+            self.targets: list[Tensor] = []
+            for batch in self.batches:
+                self.targets.append(self._answers(model, batch))
         count = torch.tensor([float(sum(map(len, self.targets)))], dtype=torch.float64)
         self.samples = int((reduce(count) if reduce else count)[0])
         if self.samples == 0:
@@ -52,12 +66,21 @@ class CalibrationLoss:
                 "the calibration sample must hold at least one row, got none. To resolve, raise `calibration`."
             )
 
-    def __call__(self, model: PreTrainedModel) -> float:
-        """The loss of a pruned form of the original; infinite where its answers are not finite."""
+    def __call__(self, model: PreTrainedModel, enough: float = math.inf, same: int = 0) -> float:
+        """The loss of a pruned form of the original; infinite where its answers are not finite.
+
+        Args:
+            model: a pruned form.
+            enough: a loss beyond which nobody needs to know by how much: what the first batches lose beyond it is returned.
+            same: so many of its first layers are the original's.
+        """
         total = torch.zeros(1, dtype=torch.float64)
-        for batch, target in zip(self.batches, self.targets):
-            losses = divergence(self._answers(model, batch), target, self.kind, batch.get("attention_mask"))
-            total += losses.double().sum().cpu()
+        for batch, target, outputs in zip(self.batches, self.targets, self.outputs):
+            with _known(model, outputs[:same]):
+                losses = divergence(self._answers(model, batch), target, self.kind, batch.get("attention_mask"))
+            total += losses.double().sum().cpu()  # none is below zero
+            if float(total) > enough * self.samples:
+                break
         value = float((self.reduce(total) if self.reduce else total)[0]) / self.samples
         return value if math.isfinite(value) else math.inf
 
@@ -68,6 +91,19 @@ class CalibrationLoss:
             out = model.eval()(**batch)
         model.train(training)
         return (out.logits if "logits" in out else out.last_hidden_state).float()
+
+
+@contextlib.contextmanager
+def _known(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
+    """Inside, the first layers of this model are not run, and put these out."""
+    layers = list(zip(encoder_layers(model), outputs)) if outputs else []
+    for layer, output in layers:
+        layer.forward = lambda *_, output=output, **__: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer, _ in layers:
+            del layer.forward
 
 
 def problem_kind(model: PreTrainedModel) -> str:

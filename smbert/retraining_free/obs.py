@@ -72,11 +72,13 @@ def prune_by_obs(
                 present[number // 2] = (pair[0], pair[1])
         return keep_units(copy, database.plan(widths))
 
+    def roughly(widths: Widths, enough: float) -> float:
+        full = structure_of(model).layer_widths
+        same = next((i for i, (own, all_) in enumerate(zip(widths, full)) if tuple(own) != tuple(all_)), len(full))
+        return coarse(pruned_to(widths), enough, same)
+
     options = options_of([(s.sizes, s.errors) for s in database.sublayers], table)
-    found = find_sizes(
-        options, table, budget, lambda widths: loss(pruned_to(widths)), lambda widths: coarse(pruned_to(widths)),
-        steps=steps, seed=seed,
-    )  # fmt: skip
+    found = find_sizes(options, table, budget, lambda widths: loss(pruned_to(widths)), roughly, steps=steps, seed=seed)
     pruned, factor = pruned_to(found.widths), 1.0
     for _ in range(CORRECTIONS):
         if pace is None or abs((now := pace(pruned)) / factor - 1) <= PACE_TOLERANCE:

@@ -26,6 +26,7 @@ _SHARE = 0.2  # of the coefficients that change at a time
 _FINALISTS = 4  # of a search by a rough loss, which the real one judges
 
 Loss = Callable[[Widths], float]
+RoughLoss = Callable[[Widths, float], float]  # exact up to the second argument; beyond, any number beyond will do
 
 
 class BudgetOutOfReach(ValueError):
@@ -146,7 +147,7 @@ def find_sizes(
     table: CostTable,
     budget: float,
     loss: Loss | None = None,
-    coarse: Loss | None = None,
+    coarse: RoughLoss | None = None,
     *,
     steps: int = 90,
     seed: int = 0,
@@ -172,13 +173,15 @@ def find_sizes(
     if loss is None:
         widths = _pairs(fit(options, [1.0] * count, room))
         return Found(widths, table.total(widths), coefficients=[1.0] * count)
-    rough = coarse or loss
+    rough: RoughLoss = coarse or (lambda widths, enough: loss(widths))
     known: dict[tuple[tuple[int, int], ...], tuple[float, list[float]]] = {}  # the loss of sizes, what led to them
 
     def attempt(coefficients: Sequence[float]) -> tuple[float, list[float]]:
         widths = tuple(_pairs(fit(options, coefficients, room)))
         if widths not in known:
-            known[widths] = rough(widths), list(coefficients)
+            # What is beyond all finalists so far leads nowhere, however far beyond it is.
+            least = sorted(value for value, _ in known.values())[:_FINALISTS]
+            known[widths] = rough(widths, least[-1] if len(least) == _FINALISTS else math.inf), list(coefficients)
         return known[widths][0], list(coefficients)
 
     # Not everywhere is a sub-layer's own effect what counts once others are pruned too, hence the plain start beside it.
@@ -231,10 +234,10 @@ def check_reachable(options: Sequence[Options], table: CostTable, budget: float)
         )
 
 
-def _sensitivities(options: Sequence[Options], loss: Loss) -> list[float]:
+def _sensitivities(options: Sequence[Options], rough: RoughLoss) -> list[float]:
     """For each sub-layer, the loss that pruning it alone to about half causes, per unit of its error there."""
     full = [option.sizes[-1] for option in options]
-    base = loss(_pairs(full))
+    base = rough(_pairs(full), math.inf)
     factors = []
     for number, option in enumerate(options):
         half = min(range(len(option.sizes)), key=lambda i: abs(2 * option.sizes[i] - full[number]))
@@ -242,7 +245,7 @@ def _sensitivities(options: Sequence[Options], loss: Loss) -> list[float]:
             factors.append(0.0)
             continue
         sizes = [*full[:number], option.sizes[half], *full[number + 1 :]]
-        factors.append(max(loss(_pairs(sizes)) - base, 0.0) / option.errors[half])
+        factors.append(max(rough(_pairs(sizes), math.inf) - base, 0.0) / option.errors[half])
     # One effect beyond all bounds would make every other count for nothing.
     most = max((factor for factor in factors if math.isfinite(factor)), default=1.0)
     factors = [factor if math.isfinite(factor) else 10 * most for factor in factors]

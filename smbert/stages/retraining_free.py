@@ -213,7 +213,11 @@ class RetrainingFreePruning(Stage):
         calls = record(model, batches_of_rank(rest, context, self.batch_size))
         loss, coarse = (
             CalibrationLoss(
-                model, batches_of_rank(r, context, self.batch_size), self._autocast(context), sum_over_ranks
+                model,
+                batches_of_rank(r, context, self.batch_size),
+                self._autocast(context),
+                sum_over_ranks,
+                keep=r is not few,
             )
             for r in (few, few.select(range((judged + 1) // 2)))
         )
