@@ -53,8 +53,8 @@ def compress_family(
     """Compress to several speed-ups, each from the result of the one before, all taught by the original.
 
     Each is pruned to a fortieth more than was asked for, the middle of what counts as honoured. The faster a member, the longer it is
-    trained (see `trained_for`). The teacher runs over the texts once for all of
-    them. A run that was killed goes on in the member that was interrupted.
+    trained (see `trained_for`). The teacher runs over the texts once for all of them. A run that was killed goes on in the member that
+    was interrupted.
 
     Args:
         model: folder, Hub id or loaded model, as for `compress`.

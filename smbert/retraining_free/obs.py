@@ -73,9 +73,8 @@ def prune_by_obs(
         return keep_units(copy, database.plan(widths))
 
     def roughly(widths: Widths, enough: float) -> float:
-        full = structure_of(model).layer_widths
-        same = next((i for i, (own, all_) in enumerate(zip(widths, full)) if tuple(own) != tuple(all_)), len(full))
-        return coarse(pruned_to(widths), enough, same)
+        kept = [tuple(new) == tuple(old) for new, old in zip(widths, structure_of(model).layer_widths)]
+        return coarse(pruned_to(widths), enough, same=[*kept, False].index(False))
 
     options = options_of([(s.sizes, s.errors) for s in database.sublayers], table)
     found = find_sizes(options, table, budget, lambda widths: loss(pruned_to(widths)), roughly, steps=steps, seed=seed)
