@@ -124,7 +124,8 @@ def test_a_pruned_predecessor_is_replaced_too(family: str) -> None:
     plan = PruningPlan(heads=((0, 2), (1,), (0, 1, 2, 3), (3,)), ffn=((*range(20),), (*range(64),), (1,), (2, 5)))
     predecessor = keep_units(model, plan)
     inputs = batch(predecessor)
-    assert torch.equal(logits_of(theseus(predecessor, [0, 2], 0.0), inputs), answer(predecessor, inputs))
+    with torch.no_grad():  # MPNet's attention takes another kernel with gradients
+        assert torch.equal(logits_of(theseus(predecessor, [0, 2], 0.0), inputs), answer(predecessor, inputs))
 
 
 def test_a_draw_replaces_its_own_module() -> None:
