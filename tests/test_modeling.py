@@ -246,12 +246,15 @@ def test_bad_slim_configs(values, message, tmp_path):
         load_model(tmp_path)
 
 
-def test_a_family_whose_layers_norm_by_themselves_cannot_pass_by():
-    sizes = {"n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 64}
+def test_a_family_whose_layers_norm_by_themselves_cannot_pass_by(tmp_path):
+    values = {"n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 64, "layer_widths": [[4, 8], [4, 0]]}
+    values["passed_by"] = [[False, False], [False, True]]
     with pytest.raises(Exception, match="layers norm by themselves"):
-        SLIM_CLASSES[transformers.DistilBertConfig](
-            **sizes, layer_widths=[[4, 8], [4, 0]], passed_by=[[False, False], [False, True]]
-        )
+        SLIM_CLASSES[transformers.DistilBertConfig](**values)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "smbert_distilbert", **values}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="layers norm by themselves"):
+        load_model(tmp_path)
 
 
 def test_mpnet_answers_alike_by_either_kernel():
