@@ -33,7 +33,7 @@ from .context import Context
 from .modeling import layer_widths
 from .processes import process_state
 from .recipe import Recipe
-from .stages import Distill, EmbeddingFactorisation, Stage, TrainingStage, VocabPruning
+from .stages import Distill, Stage, TrainingStage, VocabPruning
 from .teacher import dataset_fingerprint, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -264,9 +264,7 @@ def stage_inputs(stage: Stage, model: PreTrainedModel, context: Context) -> dict
             out["teacher"] = weights_hash(place)
         if stage.student is not None and Path(stage.student).is_dir():
             out["student"] = weights_hash(Path(stage.student))
-        if context.pool is not None and stage.data != "task":
-            out["pool"] = dataset_fingerprint(context.pool)
-    if isinstance(stage, EmbeddingFactorisation | VocabPruning) and context.pool is not None:
+    if context.pool is not None and stage.looks_at_pool(context):
         out["pool"] = dataset_fingerprint(context.pool)
     if isinstance(stage, VocabPruning) and (corpus := Path(stage.corpus)).is_file():
         out["corpus"] = hashlib.sha256(corpus.read_bytes()).hexdigest()

@@ -121,6 +121,42 @@ def test_rows_that_judge_are_not_those_that_are_fitted(context, tmp_path, monkey
     assert not set(fitted) & set(judging)
 
 
+def looked_at(monkeypatch, context, tmp_path, **options):
+    """Rows that judge and rows that are fitted, each as a tuple of ids."""
+    seen = {}
+
+    def keep(rows, *_):
+        own = [tuple(ids) for ids in rows["input_ids"][:]]
+        assert not {"labels", "label"} & set(rows.column_names)
+        seen.setdefault(len(seen), own)
+        return batches_of_rank(rows, *_)
+
+    batches_of_rank = retraining_free.batches_of_rank
+    monkeypatch.setattr(retraining_free, "batches_of_rank", keep)
+    _, info = pruned_by(tiny("bert", layers=2), context, tmp_path, macs="50%", **options)
+    fitted, judging = seen[0], seen[1]
+    assert len(fitted) + len(judging) == info["sampled_rows"]
+    return judging, fitted
+
+
+def test_texts_of_the_pool_fill_up_what_the_task_lacks(context, tmp_path, monkeypatch):
+    train = context.data.train
+    own, pool = train.select(range(40)), train.select(range(40, len(train))).remove_columns("labels")
+    short = replace(context, data=replace(context.data, train=own), pool=pool)
+    judging, fitted = looked_at(monkeypatch, short, tmp_path, samples=64, calibration=32)
+    texts, more = ({tuple(ids) for ids in rows["input_ids"][:]} for rows in (own, pool))
+    assert set(judging) <= texts and texts <= {*judging, *fitted} <= texts | more and len(fitted) == 32
+    assert RetrainingFreePruning(**QUICK, macs="50%").looks_at_pool(short)
+    assert not RetrainingFreePruning(**{**QUICK, "samples": 40}, macs="50%").looks_at_pool(short)
+
+
+def test_no_more_rows_than_hold_the_tokens(context, tmp_path, monkeypatch, caplog):
+    judging, fitted = looked_at(monkeypatch, context, tmp_path, tokens=200)
+    lengths = [len(ids) for ids in judging + fitted]
+    assert len(lengths) < 64 and sum(lengths) >= 200 > sum(lengths) - max(lengths)
+    assert "fewer than" not in caplog.text
+
+
 def test_parameters_and_whole_sublayers(context, tmp_path):
     model = tiny("bert")
     fixed = count_parameters(model).total - sum(4 * 8 * (4 * 32 + 3) + 64 * (2 * 32 + 1) for _ in range(4))
@@ -248,6 +284,7 @@ def test_activations_that_are_not_finite(context, tmp_path):
         ({"latency_ms": 0}, "`latency_ms` must be a number above 0"),
         ({"macs": "50%", "method": "zip"}, "`method` must be one of obs"),
         ({"macs": "50%", "samples": 0}, "`samples`"),
+        ({"macs": "50%", "tokens": 0}, "`tokens` must be an integer of at least 1"),
         ({"macs": "50%", "samples": 10}, "`calibration` must be below `samples` = 10"),
         ({"macs": "50%", "samples": 256}, "`calibration` must be below `samples` = 256"),
         ({"macs": "50%", "search_steps": -1}, "`search_steps`"),

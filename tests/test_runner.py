@@ -42,7 +42,7 @@ from smbert.context import Context, TaskData
 from smbert.inputs import tokenised
 from smbert.recipe import Recipe
 from smbert.runner import Runner, run_recipe, stage_inputs, weights_hash
-from smbert.stages import DepthReduction, Distill, Finetune, WidthPruning
+from smbert.stages import DepthReduction, Distill, Finetune, RetrainingFreePruning, WidthPruning
 from smbert.surgery import structure_of
 from smbert.tasks import Task
 from smbert.teacher import freeze, model_fingerprint
@@ -292,6 +292,15 @@ def test_a_pool_is_part_of_what_a_distillation_depends_on(tmp_path: Path) -> Non
     pooled = replace(context, pool=context.data.validation.remove_columns("labels"))
     assert set(stage_inputs(Distill(), model, pooled)) - set(stage_inputs(Distill(), model, context)) == {"pool"}
     assert stage_inputs(Finetune(), model, pooled) == stage_inputs(Finetune(), model, context)
+
+
+def test_a_pool_is_part_of_what_a_pruning_depends_on_where_the_task_has_too_few_rows(tmp_path: Path) -> None:
+    model, context = start(tmp_path)
+    pooled = replace(context, pool=context.data.validation.remove_columns("labels"))
+    rows = len(context.data.train)
+    for samples, names in ((rows, set()), (rows + 1, {"pool"})):
+        stage = RetrainingFreePruning(macs="50%", samples=samples, calibration=4)
+        assert set(stage_inputs(stage, model, pooled)) - set(stage_inputs(stage, model, context)) == names
 
 
 def no_record(folder: Path) -> None:

@@ -67,6 +67,10 @@ class Stage:
         """The resulting model, and what is worth recording in stage.json. `workdir` survives a kill."""
         raise TypeError(f"{type(self).__name__} has no run()")
 
+    def looks_at_pool(self, context: Context) -> bool:
+        """Whether the result depends on the unlabelled texts, if there are any."""
+        return False
+
     def context_after(self, context: Context, folder: Path) -> Context:
         """The surroundings of the stages that follow; `folder` is the `workdir` of `run`, or the folder of the finished stage."""
         return context

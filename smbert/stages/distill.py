@@ -171,6 +171,9 @@ class Distill(TrainingStage):
         context.check_fits(model, f"teacher {self.teacher}")
         return Outline(structure_of(model), task=after.task)
 
+    def looks_at_pool(self, context: Context) -> bool:
+        return self.data != "task"
+
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         data = context.data_for(self.task)
         student = on_device(with_head(load_model(self.student) if self.student else copy.deepcopy(model), data.task))
@@ -241,9 +244,9 @@ class Distill(TrainingStage):
         return with_pieces_of(load_model(place), place, context.tokenizer)
 
     def _rows(self, data: TaskData, context: Context) -> Dataset:
-        use_pool = context.pool is not None and self.data in ("auto", "pool", "both")
         labelled = data.train if self.data != "pool" else None
-        return self.rows(join_unlabelled(labelled, context.pool if use_pool else None, data.task), context)
+        pool = context.pool if self.looks_at_pool(context) else None
+        return self.rows(join_unlabelled(labelled, pool, data.task), context)
 
 
 def nearest_between(

@@ -62,6 +62,9 @@ class EmbeddingFactorisation(Stage):
             )
         return rank
 
+    def looks_at_pool(self, context: Context) -> bool:
+        return True
+
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         start = time.perf_counter()
         structure = structure_of(model)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ from ..retraining_free.obs import prune_by_obs
 from ..retraining_free.search import check_reachable, options_of
 from ..retraining_free.stream import Calls, record
 from ..surgery import pass_by, structure_of
-from ..teacher import dataset_fingerprint, model_fingerprint
+from ..teacher import LABELS, dataset_fingerprint, join_unlabelled, model_fingerprint, token_counts
 from .base import Outline, Stage, as_text, batches_of_rank, known_task
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class RetrainingFreePruning(Stage):
         macs: budget of multiply-accumulates of the encoder, a number or a share of what comes in ("50%").
         params: budget of all parameters, likewise.
         shape: batch x tokens at which time is measured.
-        samples: training rows that are looked at; their labels are not.
+        samples: training rows that are looked at, and texts of the pool where the task has fewer; their labels are not.
+        tokens: rows are taken only until they hold this many, since it is tokens that the weights are fitted on.
         batch_size: rows of one batch; the result does not depend on it.
         calibration: so many of these rows judge sizes and fits, by the divergence from the model's own answers, and are not fitted
             themselves (obs, like the next four).
@@ -84,6 +86,7 @@ class RetrainingFreePruning(Stage):
     params: Size | None = None
     shape: str = "32x128"
     samples: int = 2048
+    tokens: int | None = None
     batch_size: int = 32
     calibration: int = 256
     search_steps: int = 90
@@ -118,7 +121,8 @@ class RetrainingFreePruning(Stage):
         for name in ("macs", "params"):
             if getattr(self, name) is not None:
                 parse(getattr(self, name), name)
-        for name, least in (("samples", 1), ("batch_size", 1), ("calibration", 1), ("search_steps", 0), ("threads", 1)):
+        counts = ("samples", "tokens", "batch_size", "calibration", "search_steps", "threads")
+        for name, least in ((name, int(name != "search_steps")) for name in counts):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(
@@ -257,16 +261,21 @@ class RetrainingFreePruning(Stage):
         return torch.bfloat16 if context.bf16 else None
 
     def _rows(self, context: Context) -> Dataset:
-        data = context.data_for(self.task).train
-        if len(data) < self.samples:
-            logger.warning(
-                "%s has %d rows, fewer than `samples` = %d",
-                context.data_for(self.task).task.name,
-                len(data),
-                self.samples,
-            )
-        rows = data.shuffle(seed=context.seed).select(range(min(self.samples, len(data))))
-        return rows.select_columns([name for name in rows.column_names if name not in ("labels", "label")])
+        """The task's own first, so that they judge."""
+        data = context.data_for(self.task)
+        rows = data.train.shuffle(seed=context.seed)
+        if context.pool is not None and self.looks_at_pool(context):
+            rows = join_unlabelled(rows, context.pool.shuffle(seed=context.seed), data.task)
+        enough = self.samples
+        if self.tokens is not None:
+            enough = min(enough, 1 + int(np.searchsorted(token_counts(rows).cumsum(), self.tokens)))
+        count = min(enough, len(rows))
+        if count < enough:
+            logger.warning("%s has %d rows, fewer than `samples` = %d", data.task.name, count, self.samples)
+        return rows.select(range(count)).select_columns([name for name in rows.column_names if name not in LABELS])
+
+    def looks_at_pool(self, context: Context) -> bool:
+        return len(context.data_for(self.task).train) < self.samples
 
     def _database(self, model: PreTrainedModel, calls: Calls, rows: Dataset, context: Context) -> Database:
         data = dataset_fingerprint(rows)

@@ -78,6 +78,9 @@ class VocabPruning(Stage):
             _texts_of(Path(self.corpus), context.data.task.text_columns)
         return replace(before, outer_known=False)
 
+    def looks_at_pool(self, context: Context) -> bool:
+        return True
+
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         start = time.perf_counter()
         old, size = context.tokenizer, structure_of(model).vocab_size
