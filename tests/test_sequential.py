@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import batch, tiny
 
-from smbert.modeling import FAMILIES
+from smbert.modeling import FAMILIES, encoder_layers, family_of
 from smbert.retraining_free.sequential import fit_to_original, moments_towards
-from smbert.retraining_free.stream import PARTS, Stream, record
+from smbert.retraining_free.stream import FIRST, PARTS, Stream, record
 from smbert.retraining_free.working_copy import output_projection
 from smbert.surgery import PruningPlan, keep_units
 
@@ -87,6 +89,46 @@ def test_the_stream_comes_closer_and_what_was_not_pruned_stays(family):
     assert (after - target).square().mean() < 0.8 * (before - target).square().mean()
     assert all(torch.equal(kept[part], output_projection(student, part, 0).weight) for part in PARTS)
     assert all(torch.equal(original[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("part", PARTS)
+def test_what_a_part_reads_is_mapped_back_by_least_squares(family, part):
+    model = tiny(family, layers=3)
+    calls = record(model, [batch(model, 4, 16, seed=seed) for seed in range(8)])
+    cut = PruningPlan(heads=((1, 3), (0, 2), (0, 1, 2)), ffn=(tuple(range(20)), tuple(range(9)), tuple(range(3))))
+    student = keep_units(model, cut)
+    layer = encoder_layers(student)[1]
+    names = dict.fromkeys(getattr(family_of(student), name) for name in FIRST[part])
+    before = {name: copy.deepcopy(layer.get_submodule(name)) for name in names}
+    fit_to_original(model, student, calls, damping=1e-6)
+    original, pruned = Stream(model, calls), Stream(student, calls)
+    for stream in (original, pruned):
+        stream.advance()
+    x, y = (torch.cat(list(stream.reads(part))) for stream in (pruned, original))
+    for name, old in before.items():
+        design = x if old.bias is None else torch.cat([x, torch.ones(len(x), 1)], 1)
+        with torch.no_grad():
+            target = old(y)
+            best = design @ torch.linalg.lstsq(design, target).solution
+            loss, least, unmapped = ((z - target).square().mean() for z in (layer.get_submodule(name)(x), best, old(x)))
+        assert loss < 1.01 * least < 0.9 * unmapped
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_stops_where_the_part_begins(family):
+    model, _, calls = pair(family)
+    for part in PARTS:
+        whole = [seen[part].read for seen in Stream(model, calls).see(part)]
+        for found, expected in zip(Stream(model, calls).reads(part), whole, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_chunks_of_the_feed_forward_part_are_read_whole():
+    model = tiny("bert", layers=3, chunk_size_feed_forward=4)
+    calls = record(model, [batch(model, 4, 16)])
+    (read,) = Stream(model, calls).reads("ffn_out")
+    assert len(read) == calls.tokens
 
 
 def test_an_equal_model_is_a_fixed_point():

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..modeling import ADD_NORMS, encoder_layers, family_of
 
 PARTS = tuple(ADD_NORMS.values())  # the output projections, in the order in which data passes them
+FIRST = dict(zip(PARTS, (("query", "key", "value"), ("ffn_in",))))  # the projections that a part begins with
 _LABELS = ("labels", "label", "teacher_logits", "start_positions", "end_positions")
 
 
@@ -51,11 +52,13 @@ class Seen:
     """What one output projection saw of one batch, real tokens only.
 
     Attributes:
+        read: what the projections saw that its part begins with, (tokens, hidden).
         inputs: (tokens, units * dim).
         outputs: (tokens, hidden), the bias included.
         residual: what the output is added to, (tokens, hidden).
     """
 
+    read: Tensor
     inputs: Tensor
     outputs: Tensor
     residual: Tensor
@@ -142,7 +145,7 @@ class Stream:
         layer = self.layers[self.layer]
         module = {part: self.family.get(layer, part) for part in PARTS}
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {part: [] for part in PARTS}
-        read: list[Tensor] = []  # inputs of the feed-forward part
+        read: dict[str, list[Tensor]] = {part: [] for part in PARTS}
 
         def watch(part: str, stop: bool) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -156,30 +159,54 @@ class Stream:
             for part in PARTS:
                 stop = part == "attention_output" and part in parts and len(parts) == 1 and not advance
                 stack.callback(module[part].register_forward_hook(watch(part, stop)).remove)
-            hook = self.family.get(layer, "ffn_in").register_forward_pre_hook(lambda _, args: read.append(args[0]))
-            stack.callback(hook.remove)
+                begin = self.family.get(layer, FIRST[part][0])
+                stack.callback(
+                    begin.register_forward_pre_hook(lambda _, args, own=read[part]: own.append(args[0])).remove
+                )
             for number in range(len(self.states)):
-                read.clear()
                 for part in PARTS:
                     seen[part].clear()
+                    read[part].clear()
                 state, after = self.states[number], self._forward(layer, number)
                 found = {}
                 for part in parts:
                     # A chunked feed-forward part calls its projections once for each chunk of tokens.
                     inputs, outputs = (torch.cat(tensors, 1) for tensors in zip(*seen[part]))
+                    first = torch.cat(read[part] or [state], 1)  # without heads nothing is read
                     if part == "attention_output":
                         residual = state
                     elif self.family.pre_norm:  # what the feed-forward part reads is normed already
                         residual = state + seen["attention_output"][0][1]
                     else:
-                        residual = torch.cat(read, 1)
-                    found[part] = self._real(number, part, inputs, outputs, residual)
+                        residual = first
+                    found[part] = self._real(number, part, first, inputs, outputs, residual)
                 yield found
                 if advance:
                     assert after is not None  # nothing stopped it
                     self.states[number] = after
         if advance:
             self.layer += 1
+
+    @torch.no_grad()
+    def reads(self, part: str) -> Iterator[Tensor]:
+        """Runs the present layer on each batch as far as `Seen.read` of one part, which it yields."""
+        read: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            read.append(args[0])
+            if sum(chunk.shape[1] for chunk in read) == length:
+                raise _Reached
+
+        layer = self.layers[self.layer]
+        watch = self.family.get(layer, FIRST[part][0]).register_forward_pre_hook(hook)
+        try:
+            for number, mask in enumerate(self.calls.masks):
+                read.clear()
+                length = mask.shape[1]
+                self._forward(layer, number)
+                yield torch.cat(read, 1)[mask].float()
+        finally:
+            watch.remove()
 
     def advance(self) -> None:
         """Goes on to the next layer."""
@@ -194,9 +221,9 @@ class Stream:
             return out[0] if isinstance(out, tuple) else out
         return None
 
-    def _real(self, number: int, part: str, inputs: Tensor, outputs: Tensor, residual: Tensor) -> Seen:
+    def _real(self, number: int, part: str, first: Tensor, inputs: Tensor, outputs: Tensor, residual: Tensor) -> Seen:
         mask = self.calls.masks[number]
-        seen = Seen(inputs[mask].float(), outputs[mask].float(), residual[mask].float())
+        seen = Seen(*(tensor[mask].float() for tensor in (first, inputs, outputs, residual)))
         for tensor in (seen.inputs, seen.outputs):
             if not tensor.isfinite().all():
                 raise ValueError(
