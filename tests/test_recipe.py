@@ -91,7 +91,7 @@ STAGE_VALUES: dict[str, list[Stage]] = {
     "embedding_factorisation": [EmbeddingFactorisation(rank="1/3", smoothing=0.5)],
     "retraining_free": [
         RetrainingFreePruning(
-            method="fisher", speedup=2.5, shape="1x16", samples=64, batch_size=4, calibration=8, search_steps=3, ffn_levels=4,
+            method="fisher", speedup=2.5, shape="1x16", samples=64, tokens=900, batch_size=4, calibration=8, search_steps=3, ffn_levels=4,
             damping=1e-3, database="somewhere", multiple_of=4, fit_damping=0.1, latency_table="table.json", force_table=True, engine="onnx",
             threads=2, task="three",
         ),
