@@ -100,12 +100,13 @@ def test_the_better_of_both_fits_stays(context, tmp_path):
     assert same == (losses["fitted"] > losses["pruned"]) and set(other["calibration_loss"]) == {"pruned"}
 
 
-@pytest.mark.parametrize(("rows", "judged"), [(64, 32), (40, 20)])
-def test_rows_that_judge_are_not_those_that_are_fitted(context, tmp_path, monkeypatch, rows, judged):
+def looked_at(monkeypatch, context, tmp_path, **options):
+    """Rows that judge and rows that are fitted, each as a tuple of ids."""
     seen = {}
 
     def spy(name, original):
         def spied(model, batches, *args, **kwargs):
+            assert not any({"labels", "label"} & set(batch) for batch in batches)
             own = [tuple(row[row > 0].tolist()) for batch in batches for row in batch["input_ids"]]
             seen[name] = max(seen.get(name, []), own, key=len)  # a coarse loss judges a part of these rows
             return original(model, batches, *args, **kwargs)
@@ -114,29 +115,18 @@ def test_rows_that_judge_are_not_those_that_are_fitted(context, tmp_path, monkey
 
     for name in ("record", "CalibrationLoss"):
         monkeypatch.setattr(retraining_free, name, spy(name, getattr(retraining_free, name)))
-    data = replace(context.data, train=context.data.train.select(range(rows)))
-    _, info = pruned_by(tiny("bert", layers=2), replace(context, data=data), tmp_path, macs="50%")
-    fitted, judging = seen["record"], seen["CalibrationLoss"]
-    assert len(judging) == judged and len(fitted) + len(judging) == rows == info["sampled_rows"]
-    assert not set(fitted) & set(judging)
-
-
-def looked_at(monkeypatch, context, tmp_path, **options):
-    """Rows that judge and rows that are fitted, each as a tuple of ids."""
-    seen = {}
-
-    def keep(rows, *_):
-        own = [tuple(ids) for ids in rows["input_ids"][:]]
-        assert not {"labels", "label"} & set(rows.column_names)
-        seen.setdefault(len(seen), own)
-        return batches_of_rank(rows, *_)
-
-    batches_of_rank = retraining_free.batches_of_rank
-    monkeypatch.setattr(retraining_free, "batches_of_rank", keep)
     _, info = pruned_by(tiny("bert", layers=2), context, tmp_path, macs="50%", **options)
-    fitted, judging = seen[0], seen[1]
+    fitted, judging = seen["record"], seen["CalibrationLoss"]
     assert len(fitted) + len(judging) == info["sampled_rows"]
     return judging, fitted
+
+
+@pytest.mark.parametrize(("rows", "judged"), [(64, 32), (40, 20)])
+def test_rows_that_judge_are_not_those_that_are_fitted(context, tmp_path, monkeypatch, rows, judged):
+    data = replace(context.data, train=context.data.train.select(range(rows)))
+    judging, fitted = looked_at(monkeypatch, replace(context, data=data), tmp_path)
+    assert len(judging) == judged and len(fitted) + len(judging) == rows
+    assert not set(fitted) & set(judging)
 
 
 def test_texts_of_the_pool_fill_up_what_the_task_lacks(context, tmp_path, monkeypatch):

@@ -118,10 +118,15 @@ def test_what_a_part_reads_is_mapped_back_by_least_squares(family, part):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reading_stops_where_the_part_begins(family):
     model, _, calls = pair(family)
+    layer, run = encoder_layers(model)[0], []
     for part in PARTS:
         whole = [seen[part].read for seen in Stream(model, calls).see(part)]
+        begin = layer.get_submodule(getattr(family_of(model), FIRST[part][0]))
+        hook = begin.register_forward_hook(lambda *_: run.append(1))
         for found, expected in zip(Stream(model, calls).reads(part), whole, strict=True):
             assert torch.equal(found, expected)
+        hook.remove()
+    assert not run
 
 
 def test_chunks_of_the_feed_forward_part_are_read_whole():

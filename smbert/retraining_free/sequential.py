@@ -35,7 +35,7 @@ def moments_towards(
     pairs = (
         (
             other[part].inputs if columns is None else other[part].inputs[:, columns],
-            one[part].outputs + one[part].residual - other[part].residual,
+            one[part].total - other[part].residual,
         )
         for one, other in zip(original.see(part, advance=part == PARTS[-1]), student.see(part), strict=True)
     )
@@ -58,7 +58,7 @@ def fit_to_original(
 ) -> None:
     """Fits the projections of `student` in place, from the first sub-layer that has lost units on.
 
-    Takes (tokens, 4 * hidden) of memory.
+    Takes (tokens, 4 * hidden) of memory beside the hidden states of both.
 
     Args:
         model: the original.
@@ -70,8 +70,7 @@ def fit_to_original(
     original, pruned, touched = Stream(model, calls), Stream(student, calls), False
     for layer in range(len(original.layers)):
         seen = [
-            {part: (one[part].read, one[part].outputs + one[part].residual) for part in PARTS}
-            for one in original.see(*PARTS, advance=True)
+            {part: (one[part].read, one[part].total) for part in PARTS} for one in original.see(*PARTS, advance=True)
         ]
         for part in PARTS:
             linear = output_projection(student, part, layer)
@@ -98,9 +97,11 @@ def _map_back(student: Stream, part: str, moments: Moments, damping: float) -> N
         damping: towards reading what is there.
     """
     layer, same = student.layers[student.layer], torch.eye(len(moments.x), device=moments.x.device)
-    for linear in dict.fromkeys(student.family.get(layer, name) for name in FIRST[part]):  # a fused one has three names
+    linears = dict.fromkeys(student.family.get(layer, name) for name in FIRST[part])  # a fused one has three names
+    biased = all(linear.bias is not None for linear in linears)
+    matrix, shift = refit(same, torch.zeros_like(moments.x) if biased else None, moments, damping)
+    for linear in linears:
         assert isinstance(linear, nn.Linear)  # by construction of the families
-        matrix, shift = refit(same, None if linear.bias is None else torch.zeros_like(moments.x), moments, damping)
         weight = linear.weight.double()
         _write(linear, weight @ matrix, None if shift is None else linear.bias.double() + weight @ shift)
 

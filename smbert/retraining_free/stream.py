@@ -63,6 +63,11 @@ class Seen:
     outputs: Tensor
     residual: Tensor
 
+    @property
+    def total(self) -> Tensor:
+        """The residual stream behind the part, before any norm, (tokens, hidden)."""
+        return self.outputs + self.residual
+
 
 class _Reached(Exception):
     """Ends a layer's forward once what is asked for is known."""
@@ -189,7 +194,7 @@ class Stream:
 
     @torch.no_grad()
     def reads(self, part: str) -> Iterator[Tensor]:
-        """Runs the present layer on each batch as far as `Seen.read` of one part, which it yields."""
+        """Runs the present layer on each batch as far as `Seen.read` of one part, which must have units, and yields that."""
         read: list[Tensor] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

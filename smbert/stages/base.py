@@ -68,7 +68,7 @@ class Stage:
         raise TypeError(f"{type(self).__name__} has no run()")
 
     def looks_at_pool(self, context: Context) -> bool:
-        """Whether the result depends on the unlabelled texts, if there are any."""
+        """Whether the result may depend on the unlabelled texts, if there are any."""
         return False
 
     def context_after(self, context: Context, folder: Path) -> Context:

@@ -265,14 +265,16 @@ class RetrainingFreePruning(Stage):
         data = context.data_for(self.task)
         rows = data.train.shuffle(seed=context.seed)
         if context.pool is not None and self.looks_at_pool(context):
-            rows = join_unlabelled(rows, context.pool.shuffle(seed=context.seed), data.task)
-        enough = self.samples
+            few = min(self.samples - len(rows), len(context.pool))
+            rows = join_unlabelled(rows, context.pool.shuffle(seed=context.seed).select(range(few)), data.task)
+        rows = rows.select(range(min(self.samples, len(rows))))
+        rows = rows.select_columns([name for name in rows.column_names if name not in LABELS])
+        wanted = self.samples
         if self.tokens is not None:
-            enough = min(enough, 1 + int(np.searchsorted(token_counts(rows).cumsum(), self.tokens)))
-        count = min(enough, len(rows))
-        if count < enough:
-            logger.warning("%s has %d rows, fewer than `samples` = %d", data.task.name, count, self.samples)
-        return rows.select(range(count)).select_columns([name for name in rows.column_names if name not in LABELS])
+            wanted = min(wanted, 1 + int(np.searchsorted(token_counts(rows).cumsum(), self.tokens)))
+        if wanted > len(rows):
+            logger.warning("%s has %d rows, fewer than `samples` = %d", data.task.name, len(rows), self.samples)
+        return rows.select(range(min(wanted, len(rows))))
 
     def looks_at_pool(self, context: Context) -> bool:
         return len(context.data_for(self.task).train) < self.samples
