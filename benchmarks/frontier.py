@@ -4,9 +4,10 @@
         --small-model DIR_OR_ID --peer-python textpruner-env/bin/python --output DIR
 
 Methods: smbert (the family of `smbert compress --speedups`), smbert-small (likewise, from a ready small checkpoint that the teacher has
-taught), paper-recipe (the SmBERT chain), theseus (module replacing alone), truncated (the same shape fine-tuned on labels), small and
-small-taught (a ready small checkpoint, fine-tuned, or taught by the task's teacher), textbrewer (GeneralDistiller), textpruner. A peer
-whose package is not there is left out, and the report says so.
+taught), paper-recipe (the SmBERT chain), theseus (module replacing alone), depth-first (module replacing to half of the layers, then
+the family's stages), truncated (the same shape fine-tuned on labels), small and small-taught (a ready small checkpoint, fine-tuned, or
+taught by the task's teacher), textbrewer (GeneralDistiller), textpruner. A peer whose package is not there is left out, and the
+report says so.
 
 With --pool-samples whatever learns from the teacher sees more text besides, without labels: the task's other rows, then --pool-task's.
 
@@ -233,7 +234,9 @@ def cells(
 
 def cell(bench: Bench, methods: Sequence[str], speedup: float, int8_teacher: bool) -> dict[str, Any]:
     """The rows of one task, seed and speed-up, and why methods have none."""
-    models, seconds, contexts, notes = {TEACHER: bench.teacher}, {}, {}, []
+    models, seconds, contexts = {TEACHER: bench.teacher}, {}, {}
+    about: dict[str, Any] = {"task": bench.context.data.task.name, "seed": bench.context.seed, "speedup": speedup}
+    notes: list[str] = []
     skipped: dict[str, str] = {}
     for name in methods:
         try:
@@ -245,10 +248,12 @@ def cell(bench: Bench, methods: Sequence[str], speedup: float, int8_teacher: boo
         models[title], seconds[title] = made.model, made.seconds
         if made.context is not None:
             contexts[title] = made.context
+        if made.note is not None:
+            notes.append(f"{about['task']}, seed {about['seed']}: {made.note}.")
     if int8_teacher:
-        models, notes = with_int8_teacher(models, bench.context.tokenizer, bench.folder / "teacher-int8")
+        models, more = with_int8_teacher(models, bench.context.tokenizer, bench.folder / "teacher-int8")
+        notes += more
     rows = rows_of(models, bench.context, seconds, bench.texts, contexts=contexts)
-    about = {"task": bench.context.data.task.name, "seed": bench.context.seed, "speedup": speedup}
     return {
         **about, "steps": bench.steps(speedup), "methods": list(methods), "skipped": skipped, "notes": notes,
         "rows": [row.to_dict() for row in rows],

@@ -19,9 +19,10 @@ from datasets import Dataset, concatenate_datasets
 from frontier_peers import TEXTPRUNER_FAMILIES, rows_file, run_peer, with_weights
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
+from smbert._report_tables import prediction
 from smbert.checkpoints import load_model
 from smbert.context import Context, on_device
-from smbert.family import compress_family, trained_for
+from smbert.family import AIM, compress_family, trained_for
 from smbert.heads import with_head
 from smbert.inputs import tokenised
 from smbert.measure import latency, max_positions
@@ -30,8 +31,8 @@ from smbert.pool import label_pool, read_pool
 from smbert.recipe import Recipe
 from smbert.retraining_free.search import BudgetOutOfReach
 from smbert.runner import Runner, run_recipe, write_json
-from smbert.stages import DepthReduction, Distill, Stage, TrainingStage, WidthPruning
-from smbert.surgery import structure_of
+from smbert.stages import DepthReduction, Distill, RetrainingFreePruning, Stage, TrainingStage, WidthPruning
+from smbert.surgery import keep_layers, structure_of
 from smbert.target import Sizes, candidates, cut_to, with_sizes
 
 
@@ -41,11 +42,12 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Made:
-    """A model, the seconds that its training and pruning took, and its context where that is another than the task's."""
+    """A model, the seconds that its training and pruning took, its context where that is another than the task's, and a remark."""
 
     model: PreTrainedModel
     seconds: float
     context: Context | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,14 @@ def speedup_of(models: Mapping[str, PreTrainedModel], warmup: int) -> float:
     return base / own
 
 
+def known_speedup(bench: Bench, name: str, model: PreTrainedModel) -> float:
+    """The same of one model against the teacher, kept, so that a second run prunes it to the same budget."""
+    file = bench.folder / f"{name}-speedup.json"
+    if not file.is_file():
+        write_json(file, {"speedup": speedup_of({"teacher": bench.teacher, "candidate": model}, warmup=3)})
+    return float(json.loads(file.read_text(encoding="utf-8"))["speedup"])
+
+
 # ------------------------------------------------------------------------------------------------------------------ methods
 
 
@@ -187,11 +197,7 @@ def smbert(bench: Bench, speedup: float) -> Made:
 def smbert_small(bench: Bench, speedup: float) -> Made:
     """The family of the small checkpoint, after the teacher has taught it: pruned by what it lacks to each speed-up."""
     taught, name = small_taught(bench, bench.speedups[-1]), Path(bench.small or "").name
-    file = bench.folder / f"{name}-speedup.json"
-    if not file.is_file():
-        models = {"teacher": bench.teacher, "small": taught.model}
-        write_json(file, {"speedup": speedup_of(models, warmup=3)})
-    own = json.loads(file.read_text(encoding="utf-8"))["speedup"]
+    own = known_speedup(bench, name, taught.model)
     if speedup < 1.1 * own:
         raise Skipped(f"{name} is {own:.1f} times as fast as the teacher without pruning")
     factors = {s: round(s / own, 2) for s in bench.speedups if s >= 1.1 * own}
@@ -221,7 +227,9 @@ def member(bench: Bench, start: Path, name: str, speedups: Sequence[float], want
         for earlier in before[: before.index(wanted) + 1]
         for file in (folder / earlier).glob("[0-9]*/stage.json")
     ]
-    return Made(load_model(place), sum(record["seconds"] for record in records))
+    ms = next(record["latency_ms"] for record in reversed(records) if "latency_ms" in record)
+    note = f"{name} {wanted}, milliseconds as the pruning predicted and then measured them: {prediction(ms)}"
+    return Made(load_model(place), sum(record["seconds"] for record in records), note=note)
 
 
 def paper_recipe(bench: Bench, speedup: float) -> Made:
@@ -237,6 +245,24 @@ def theseus(bench: Bench, speedup: float) -> Made:
     stage = next((s for s in bench.paper.stages if isinstance(s, DepthReduction)), DepthReduction())
     chain = Recipe((replace(stage, layers=sizes.layers, slope=None, max_steps=bench.steps(speedup)),))
     return trained(bench, "theseus", speedup, chain, bench.teacher)
+
+
+def depth_first(bench: Bench, speedup: float) -> Made:
+    """Module replacing to half of the layers, then the family's stages to the rest of the speed-up, each with half of the steps."""
+    layers = structure_of(bench.teacher).num_layers // 2
+    half = known_speedup(bench, "half", keep_layers(bench.teacher, list(range(layers))))
+    if speedup < 1.1 * half:
+        raise Skipped(f"half of the layers are {half:.1f} times as fast without pruning")
+    first = next((s for s in bench.paper.stages if isinstance(s, DepthReduction)), DepthReduction())
+    tuned, steps = bench.recipe.teacher, bench.steps(speedup)  # its rate is for as few steps as these
+    first = replace(
+        first, layers=layers, keep="uniform", slope=None, max_steps=steps // 2, learning_rate=tuned.learning_rate,
+        freeze_embeddings=tuned.freeze_embeddings,
+    )  # fmt: skip
+    rest = with_steps(bench.recipe, steps - steps // 2, bench.context).stages
+    budget = {"macs": None, "params": None, "latency_ms": None, "speedup": round(AIM * speedup / half, 4)}
+    chain = [replace(s, **budget) if isinstance(s, RetrainingFreePruning) else s for s in rest]
+    return trained(bench, "depth-first", speedup, Recipe((first, *chain)), bench.teacher)
 
 
 def truncated(bench: Bench, speedup: float) -> Made:
@@ -310,6 +336,7 @@ SIZED: dict[str, Method] = {
     "smbert-small": smbert_small,
     "paper-recipe": paper_recipe,
     "theseus": theseus,
+    "depth-first": depth_first,
     "truncated": truncated,
     "textbrewer": textbrewer,
     "textpruner": textpruner,

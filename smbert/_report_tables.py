@@ -317,8 +317,17 @@ def _structure(value: Any) -> str:
     return ", ".join(f"{n} x ({heads} heads, {ffn} neurons)" for n, heads, ffn in runs) or "no layers"
 
 
+def prediction(latency_ms: Mapping[str, float]) -> str:
+    """What a pruning to a budget of time predicted, beside what was measured then."""
+    predicted, measured = latency_ms["predicted"], latency_ms["measured"]
+    return f"{significant(predicted)} / {significant(measured)} ({100 * (predicted / measured - 1):+.1f} %)"
+
+
 def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
+    timed = any("latency_ms" in stage for stage in stages)
     lines = ["| stage | time | metric | layers |", "|---|---:|---:|---|"]
+    if timed:
+        lines = [lines[0] + " ms predicted / measured |", lines[1] + "---:|"]
     for stage in stages:
         seconds, metric = stage.get("seconds"), stage.get("metric")
         cells = (
@@ -326,6 +335,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
             MISSING if seconds is None else duration(seconds),
             MISSING if metric is None else _score(metric),
             _structure(stage.get("structure")),
+            *([prediction(stage["latency_ms"]) if "latency_ms" in stage else MISSING] if timed else []),
         )
         lines.append("| " + " | ".join(map(_escaped, cells)) + " |")
     return "\n".join(lines) + "\n"

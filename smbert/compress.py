@@ -385,7 +385,10 @@ def rows_of(
 def stage_summary(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the report says of a stage; its metric is of a sample of the validation rows."""
     metric = next((v for k, v in record["validation"].items() if k != "rows_at_most"), None)
-    return {"name": record["name"], "seconds": record["seconds"], "metric": metric, "structure": record["layer_widths"]}
+    told = {"name": record["name"], "seconds": record["seconds"], "metric": metric, "structure": record["layer_widths"]}
+    if "latency_ms" in record:  # of a pruning to a budget of time
+        told["latency_ms"] = {key: record["latency_ms"][key] for key in ("predicted", "measured")}
+    return told
 
 
 def write_result(

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ._report_tables import prediction
 from .compress import STUDENT, TEACHER, CompressionResult, compress
 from .inputs import as_recipe
 from .measure import environment
@@ -130,7 +131,7 @@ def compress_family(
             teacher = teacher or (made if made.is_dir() else model)
             options["new_head"] = False  # the members have it
         start = result.model_dir
-        _add(report, speedup, result, prune, reached)
+        _add(report, speedup, result, prune, reached, prediction(timed))
         if process_state().is_main_process:
             report.write(out)
     if process_state().is_main_process:
@@ -154,9 +155,14 @@ def trained_for(stage: Stage, speedup: float) -> Stage:
 
 
 def _add(
-    report: Report, speedup: float, result: CompressionResult, prune: RetrainingFreePruning, pruned: float
+    report: Report,
+    speedup: float,
+    result: CompressionResult,
+    prune: RetrainingFreePruning,
+    pruned: float,
+    predicted: str,
 ) -> None:
-    """The member's row under its own name, the teacher's once, and whether the speed-up was honoured.
+    """The member's row under its own name, the teacher's once, whether the speed-up was honoured, and what the pruning predicted.
 
     The rows are timed in torch with the threads of the run; where the budget was in other times, `pruned` tells: the stage's own factor.
     """
@@ -176,5 +182,6 @@ def _add(
     if reached is not None:
         honoured = TOLERANCE[0] <= reached / speedup <= TOLERANCE[1]
         report.notes.append(
-            f"{' '.join([f'{speedup:g}x at {prune.shape}', *where])} was asked for and {reached:.2f}x measured: {'honoured' if honoured else 'MISSED'}."
+            f"{' '.join([f'{speedup:g}x at {prune.shape}', *where])} was asked for and {reached:.2f}x measured: "
+            f"{'honoured' if honoured else 'MISSED'}. Milliseconds as the pruning predicted and then measured them: {predicted}."
         )

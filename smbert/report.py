@@ -17,7 +17,8 @@
         "train_seconds": 0.0}],
      "target": {"goal": "speedup", "asked": 6, "measured": 6.1, "met": true, "shape": "32x128"},   # optional
      "notes": ["..."],                                                                             # optional
-     "stages": [{"name": "...", "seconds": 0.0, "metric": 0.0, "structure": [[8, 2048], ...]}]}    # optional
+     "stages": [{"name": "...", "seconds": 0.0, "metric": 0.0, "structure": [[8, 2048], ...],      # optional
+                 "latency_ms": {"predicted": 0.0, "measured": 0.0}}]}    # of a pruning to a budget of time
 
 Anything that was not measured is null (or an empty object) in JSON and "–" in a table.
 """

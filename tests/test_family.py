@@ -23,6 +23,7 @@ from smbert import (
     VocabPruning,
     teacher_states,
 )
+from smbert._report_tables import prediction
 from smbert.family import AIM, trained_for
 from smbert.measure import macs
 from smbert.report import Report
@@ -140,6 +141,10 @@ def test_a_speedup_behind_an_engine_is_judged_there(tmp_path: Path, quick: None)
     whole, *members = (macs(m) for m in (tiny("bert"), *(family.members[s].model for s in (1.5, 2))))
     for speedup, own, note in zip((1.5, 2), members, family.report.notes, strict=True):
         assert f"{speedup:g}x at 4x16 behind onnx with 1 thread was asked for and {whole / own:.2f}x measured" in note
+        record = (tmp_path / "out" / f"{speedup:g}x" / "01-retraining_free" / "stage.json").read_text()
+        assert f"then measured them: {prediction(json.loads(record)['latency_ms'])}." in note
+        told = json.loads((tmp_path / "out" / f"{speedup:g}x" / "report.json").read_text())["stages"]
+        assert [set(stage["latency_ms"]) for stage in told if "latency_ms" in stage] == [{"predicted", "measured"}]
 
 
 def test_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,13 +147,14 @@ def test_every_method_in_every_cell_and_resumed(
     assert "small was left out: no small checkpoint was named" in capsys.readouterr().err
     report = Report.read(out)
     rows = {row.name: row for row in report.rows}
-    assert {f"{name} 2x" for name in methods.SIZED if name not in methods.OF_SMALL} <= set(rows)
+    assert {f"{name} 2x" for name in methods.SIZED if name not in (*methods.OF_SMALL, "depth-first")} <= set(rows)
     # Four layers cannot be six times fewer, and one head of four in each layer is no sixth either.
-    reached = {f"{name} 6x" for name in ("smbert", "paper-recipe", "truncated", "textbrewer")}
+    reached = {f"{name} 6x" for name in ("smbert", "paper-recipe", "depth-first", "truncated", "textbrewer")}
     assert {name for name in rows if name.endswith(" 6x")} == reached
     notes = "\n".join(report.notes)
     assert "rte, seed 0, 6x: theseus has no row: no shape (of whole layers) reaches 6x" in notes
     assert "textpruner has no row: no shape (of all layers, narrower)" in notes
+    assert "2x: depth-first has no row: half of the layers are 2.0 times as fast without pruning" in notes
     assert "rte 2x: 3; rte 6x: 8" in notes and "frontier.png" in notes
     for row in report.rows:
         if row.name.endswith("x"):
@@ -171,7 +172,7 @@ def test_every_method_in_every_cell_and_resumed(
     }
     peers = {"textbrewer-2x": 0, "textbrewer-6x": 0}  # it trains in its own process
     own = {f"{n}-2x": 3 for n in ("paper-recipe", "theseus", "truncated", "textpruner")}
-    assert steps == {**peers, **own, "paper-recipe-6x": 8, "truncated-6x": 8, "2x": 3, "6x": 5}
+    assert steps == {**peers, **own, "paper-recipe-6x": 8, "depth-first-6x": 8, "truncated-6x": 8, "2x": 3, "6x": 5}
     taught = [
         json.loads((out / "rte-0" / f"textbrewer-{s}x" / "student" / "peer.json").read_text())["steps"] for s in (2, 6)
     ]
@@ -261,12 +262,17 @@ def test_a_member_out_of_reach_is_skipped_and_other_errors_are_not(
     def fails_with(error: Exception) -> Any:
         def family(*_: Any, output_dir: Path, **__: Any) -> None:
             save_model(tiny("bert"), output_dir / "2x" / "model")
+            record = output_dir / "2x" / "01-retraining_free" / "stage.json"
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps({"seconds": 3, "latency_ms": {"predicted": 10.2, "measured": 10}}))
             raise error
 
         return family
 
     monkeypatch.setattr(methods, "compress_family", fails_with(unreachable.value))
-    assert structure_of(methods.smbert(bench, 2.0).model).num_layers == 4
+    made = methods.smbert(bench, 2.0)
+    assert structure_of(made.model).num_layers == 4 and made.seconds == 3
+    assert made.note.startswith("family 2x, ") and made.note.endswith("10.2 / 10.0 (+2.0 %)")
     with pytest.raises(methods.Skipped, match="must be at least"):
         methods.smbert(bench, 4.0)
     monkeypatch.setattr(methods, "compress_family", fails_with(ValueError("the folder was made with other settings")))

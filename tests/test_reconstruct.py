@@ -135,6 +135,15 @@ def test_float32_products_are_as_good_as_float64():
     assert (found - exact).abs().max() < 1e-4 * exact.diagonal().mean()
 
 
+def test_second_moments_of_wide_inputs_are_made_in_blocks_and_whole():
+    x = inputs(900)
+    moments = Moments(900)
+    for part in x.split(100):
+        moments.add(part)
+    exact = x.double().T @ x.double()
+    assert torch.equal(moments.xx, moments.xx.T) and (moments.xx - exact).abs().max() < 1e-6 * exact.diagonal().mean()
+
+
 def test_moments_over_ranks_are_those_of_all_tokens():
     x, y = inputs(5), inputs(3, seed=4)
     whole, parts = Moments(5, 3), [Moments(5, 3), Moments(5, 3)]

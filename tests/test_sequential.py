@@ -44,6 +44,23 @@ def test_streams_are_the_models_own_forward(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_without_answers_only_the_first_batch_runs_through_the_layers(family):
+    model, _, calls = pair(family)
+    runs = [0]
+    hooks = [
+        module.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+        for module in (output_projection(model, part, layer) for part in PARTS for layer in range(3))
+    ]
+    found = record(model, [batch(model, 4, 16, seed=seed) for seed in range(8)], answers=False)
+    for hook in hooks:
+        hook.remove()
+    assert runs[0] == len(hooks) and len(calls.outputs) == 8 and not found.outputs
+    torch.testing.assert_close(last_states(model, found), last_states(model, calls), rtol=0, atol=0)
+    with torch.no_grad():  # and the model is as it was
+        torch.testing.assert_close(model(**batch(model, 4, 16, seed=7)).logits, calls.outputs[7])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_output_plus_residual_is_what_the_next_norm_reads(family):
     """The stream after a layer, made from what was seen: through the layer's own last norm, or as it is in ModernBERT."""
     model, _, calls = pair(family)

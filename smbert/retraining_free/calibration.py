@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..modeling import encoder_layers
 from .reconstruct import Reduce
-from .stream import autocast_to, inputs_of
+from .stream import autocast_to, inputs_of, run_as
 
 
 class CalibrationLoss:
@@ -76,7 +76,8 @@ class CalibrationLoss:
         """
         total = torch.zeros(1, dtype=torch.float64)
         for batch, target, outputs in zip(self.batches, self.targets, self.outputs):
-            with _known(model, outputs[:same]):
+            known = [lambda *_, output=output, **__: output for output in outputs[:same]]
+            with run_as(encoder_layers(model), known):
                 losses = divergence(self._answers(model, batch), target, self.kind, batch.get("attention_mask"))
             total += losses.double().sum().cpu()  # none is below zero
             if float(total) > enough * self.samples:
@@ -91,19 +92,6 @@ class CalibrationLoss:
             out = model.eval()(**batch)
         model.train(training)
         return (out.logits if "logits" in out else out.last_hidden_state).float()
-
-
-@contextlib.contextmanager
-def _known(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
-    """Inside, the first layers of this model are not run, and put these out."""
-    layers = list(zip(encoder_layers(model), outputs)) if outputs else []
-    for layer, output in layers:
-        layer.forward = lambda *_, output=output, **__: output  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer, _ in layers:
-            del layer.forward
 
 
 def problem_kind(model: PreTrainedModel) -> str:

@@ -48,8 +48,9 @@ def prune_by_obs(
         database: of `model`.
         table: costs of the database's sizes.
         budget: in the table's unit.
-        loss: the calibration loss on other rows, by which the search judges sizes.
-        coarse: the same on fewer rows, which tells what each sub-layer alone does and leads the search.
+        loss: the calibration loss on rows of its own, which judges what the search has found, and the fit.
+        coarse: the same on others again, which tells what each sub-layer alone does and leads the search: 92 sizes are enough for some
+            of them to suit these few rows alone.
         steps: of the search.
         seed: of the search.
         damping: of the last fit from bottom to top; None leaves that out.

@@ -10,7 +10,7 @@ projection has a bias, moments are taken about the mean: the bias then takes up 
 - `refit`: the columns that stay, for other inputs and targets than the projection's own (K-prune, Park et al. 2024).
 - `rescale`: one factor for each unit that stays (Kwon et al. 2022).
 
-Products of one batch are taken in float32 and summed in float64; all that follows is float64.
+Products of a few thousand tokens are summed in float32, and their sums in float64; all that follows is float64.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ Reduce = Callable[[Tensor], Tensor]
 
 FACTORS = (-10.0, 10.0)  # rescaling outside is refused: such factors fit noise (Kwon et al. 2022)
 _FLUSH = 128  # columns removed between two full updates of the inverse
+_IN_FLOAT32 = (
+    4096  # tokens whose products are summed in float32: a table of float64 for every short batch is all memory traffic
+)
+_BLOCK = 384  # columns of a table of second moments that are made at once, each against those up to itself alone
 
 
 class Moments:
@@ -40,18 +44,31 @@ class Moments:
     def __init__(self, n: int, m: int = 0, device: torch.device | None = None):
         self.tokens = 0.0
         self.x = torch.zeros(n, dtype=torch.float64, device=device)
-        self.xx = torch.zeros(n, n, dtype=torch.float64, device=device)
         self.y = torch.zeros(m, dtype=torch.float64, device=device)
-        self.xy = torch.zeros(n, m, dtype=torch.float64, device=device)
+        # Of x with x, on and below the diagonal alone, and of x with y; those of the latest tokens are still to be added.
+        self._products = torch.zeros(n, n + m, dtype=torch.float64, device=device)
+        self._latest = torch.zeros(n, n + m, device=device)
+        self._latest_tokens = 0
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Adds tokens: x (tokens, n), y (tokens, m)."""
+        n = x.shape[1]
         self.tokens += len(x)
         self.x += x.sum(0, dtype=torch.float64)
-        self.xx += (x.T @ x).double()
+        for start in range(0, n, _BLOCK):
+            end = min(start + _BLOCK, n)
+            self._latest[start:end, :end].addmm_(x[:, start:end].T, x[:, :end])
         if y is not None:
             self.y += y.sum(0, dtype=torch.float64)
-            self.xy += (x.T @ y).double()
+            self._latest[:, n:].addmm_(x.T, y)
+        self._latest_tokens += len(x)
+        if self._latest_tokens >= _IN_FLOAT32:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._products += self._latest
+        self._latest.zero_()
+        self._latest_tokens = 0
 
     def reduced(self, reduce: Reduce | None) -> Moments:
         """The sums over all ranks, in place.
@@ -64,7 +81,7 @@ class Moments:
             self.tokens, rest = float(sums[0]), sums[1:]
             shapes = [t.shape for t in self._sums]
             parts = rest.split([shape.numel() for shape in shapes])
-            self.x, self.xx, self.y, self.xy = (part.reshape(shape) for part, shape in zip(parts, shapes))
+            self.x, self.y, self._products = (part.reshape(shape) for part, shape in zip(parts, shapes))
         if not all(tensor.isfinite().all() for tensor in self._sums):
             raise ValueError(
                 "second moments of the activations must be finite, got NaN or infinity. To resolve, check the weights and the data."
@@ -72,8 +89,21 @@ class Moments:
         return self
 
     @property
-    def _sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.x, self.xx, self.y, self.xy
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._latest_tokens:
+            self._settle()
+        return self.x, self.y, self._products
+
+    @property
+    def xx(self) -> Tensor:
+        """Sum of x x', (n, n)."""
+        lower = self._sums[2][:, : len(self.x)]
+        return lower.tril() + lower.tril(-1).T
+
+    @property
+    def xy(self) -> Tensor:
+        """Sum of x y', (n, m)."""
+        return self._sums[2][:, len(self.x) :]
 
     def second(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Per token: second moments of x (n, n) and of x with y (n, m), about the means if `centred`; the means, else zeros."""

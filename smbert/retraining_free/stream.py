@@ -8,7 +8,7 @@ again, and a pruned copy of the model can be taken along the same way as the ori
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Calls:
         states: for each batch, the hidden states that enter the first layer, (batch, seq, hidden).
         arguments: for each batch and layer, the positional and the named arguments after the hidden states.
         masks: for each batch, its real tokens, (batch, seq) bool.
-        outputs: for each batch, the model's logits (or last hidden states, without a head), float32.
+        outputs: for each batch, the model's logits (or last hidden states, without a head), float32; none where no answers were asked for.
         autocast: dtype of the forward's matrix products; None for the weights' own.
     """
 
@@ -74,27 +74,38 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], autocast: torch.dtype | None = None) -> Calls:
+def record(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    autocast: torch.dtype | None = None,
+    answers: bool = True,
+) -> Calls:
     """Runs the model once on each batch, in eval mode; labels are left out.
 
     Args:
         model: of any known family, pruned or not.
         batches: model inputs, with `attention_mask` wherever there is padding.
         autocast: for example torch.bfloat16.
+        answers: whether `Calls.outputs` are wanted; if not, the layers of all batches but the first are left to the `Stream`.
 
     Raises:
         ValueError: no batches, an answer that is not finite, or layers that do not keep the samples apart.
     """
     calls = Calls([], [], [], [], autocast)
+    layers, training = encoder_layers(model), model.training
     seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+    put_out: list[Any] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0], args[1:], kwargs))
 
-    training = model.training
+    def nothing(state: Tensor, *_: Any, **__: Any) -> Any:
+        return (state,) if isinstance(put_out[0], tuple) else state
+
     with contextlib.ExitStack() as stack:
-        for layer in encoder_layers(model):
-            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(layers[0].register_forward_hook(lambda _, args, output: put_out.append(output)).remove)
         stack.callback(model.train, training)
         model.eval()
         for batch in batches:
@@ -117,10 +128,26 @@ def record(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], autocas
             calls.states.append(seen[0][0])
             calls.arguments.append([(args, kwargs) for _, args, kwargs in seen])
             calls.masks.append(mask)
-            calls.outputs.append(output)
+            if answers:
+                calls.outputs.append(output)
+            elif len(calls.states) == 1:
+                stack.enter_context(run_as(layers, [nothing] * len(layers)))
     if not calls.states:
         raise ValueError("`batches` must hold at least one batch, got none. To resolve, pass calibration rows.")
     return calls
+
+
+@contextlib.contextmanager
+def run_as(layers: Iterable[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Inside, layers run these in place of their own forwards; hooks see what they are called with all the same."""
+    changed = list(zip(layers, forwards))
+    for layer, forward in changed:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, _ in changed:
+            del layer.forward
 
 
 class Stream:

@@ -193,12 +193,19 @@ class TrainingStage(Stage):
         }
 
 
-def batches_of_rank(rows: Dataset, context: Context, batch_size: int) -> list[dict[str, Tensor]]:
-    """This process's share of the rows, in padded batches of similar length, where the collator leaves them (the CPU)."""
+def batches_of_rank(rows: Dataset, context: Context, batch_size: int, tokens: int = 0) -> list[dict[str, Tensor]]:
+    """This process's share of the rows, in padded batches of similar length, where the collator leaves them (the CPU).
+
+    Short rows come more than `batch_size` at once, as long as these hold at most `tokens`, each taken for as long as the longest.
+    """
     state = process_state()
     lengths = [len(ids) for ids in rows["input_ids"][:]]
-    mine = sorted(range(len(rows)), key=lengths.__getitem__)[state.process_index :: state.num_processes]
-    parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+    parts: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lengths.__getitem__)[state.process_index :: state.num_processes]:
+        if parts and (len(parts[-1]) < batch_size or (len(parts[-1]) + 1) * lengths[i] <= tokens):
+            parts[-1].append(i)
+        else:
+            parts.append([i])
     return [dict(context.collator([rows[i] for i in part])) for part in parts]
 
 

@@ -62,9 +62,9 @@ class RetrainingFreePruning(Stage):
         shape: batch x tokens at which time is measured.
         samples: training rows that are looked at, and texts of the pool where the task has fewer; their labels are not.
         tokens: rows are taken only until they hold this many, since it is tokens that the weights are fitted on.
-        batch_size: rows of one batch; the result does not depend on it.
-        calibration: so many of these rows judge sizes and fits, by the divergence from the model's own answers, and are not fitted
-            themselves (obs, like the next four).
+        batch_size: rows of one batch, more where they are short; the result does not depend on it.
+        calibration: so many of these rows judge by the divergence from the model's own answers, and are not fitted themselves: one half
+            leads the search for sizes, the other judges what it found, and the fit (obs, like the next four).
         search_steps: sizes that are tried beside those that the measured effect of each sub-layer suggests.
         ffn_levels: FFN sizes are multiples of 1 / ffn_levels of the widest layer.
         damping: added to the diagonal of second moments, as a share of its mean.
@@ -187,7 +187,7 @@ class RetrainingFreePruning(Stage):
         rows = self._rows(context)
         pruned, table, limit, info = getattr(self, f"_{self.method}")(model, rows, context)
         last = rows.select(range(len(rows) - self._judges(rows), len(rows)))  # none of those that judged
-        pruned = without_empty_parts(pruned, batches_of_rank(last, context, self.batch_size), sum_over_ranks)
+        pruned = without_empty_parts(pruned, self._batches(last, context), sum_over_ranks)
         info = {
             "sampled_rows": len(rows),
             "pruning_seconds": round(time.perf_counter() - start, 1),
@@ -211,19 +211,20 @@ class RetrainingFreePruning(Stage):
         # The database takes minutes and says nothing about costs.
         check_reachable(options_of([(own, [0.0] * len(own)) for own in sizes], table), table, limit)
         start = time.perf_counter()
-        # On the rows that were fitted, a fit that has learned their noise would look best.
+        # On the rows that were fitted, a fit that has learned their noise would look best; on those that have led the search, what it found.
         judged = self._judges(rows)
-        few, rest = rows.select(range(judged)), rows.select(range(judged, len(rows)))
-        calls = record(model, batches_of_rank(rest, context, self.batch_size))
+        half, rest = (judged + 1) // 2, rows.select(range(judged, len(rows)))
+        leading, judging = rows.select(range(half)), rows.select(range(judged - half, judged))
+        calls = record(model, self._batches(rest, context), answers=False)
         loss, coarse = (
             CalibrationLoss(
                 model,
-                batches_of_rank(r, context, self.batch_size),
+                self._batches(r, context),
                 self._autocast(context),
                 sum_over_ranks,
-                keep=r is not few,
+                keep=r is leading,
             )
-            for r in (few, few.select(range((judged + 1) // 2)))
+            for r in (judging, leading)
         )
         database = self._database(model, calls, rest, context)
         made = time.perf_counter()
@@ -239,14 +240,15 @@ class RetrainingFreePruning(Stage):
         return min(self.calibration, max(1, len(rows) // 2))
 
     def _fisher(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
-        batches = batches_of_rank(rows, context, self.batch_size)
+        batches = self._batches(rows, context)
         table = self._even_table(model, context)
-        limit, calls, autocast = self._limit(table, model), record(model, batches), self._autocast(context)
+        limit, autocast = self._limit(table, model), self._autocast(context)
+        calls = record(model, batches, answers=False)
         pruned, info = prune_by_fisher(model, calls, batches, table, limit, autocast=autocast, reduce=sum_over_ranks)
         return pruned, table, limit, info
 
     def _kprune(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
-        batches = batches_of_rank(rows, context, self.batch_size)
+        batches = self._batches(rows, context)
         table = self._even_table(model, context)
         limit, calls = self._limit(table, model), record(model, batches)
         assert self.fit_damping is not None  # checked above
@@ -255,6 +257,9 @@ class RetrainingFreePruning(Stage):
             multiple_of=self.multiple_of, damping=self.fit_damping, autocast=self._autocast(context), reduce=sum_over_ranks,
         )  # fmt: skip
         return pruned, table, limit, info
+
+    def _batches(self, rows: Dataset, context: Context) -> list[dict[str, torch.Tensor]]:
+        return batches_of_rank(rows, context, self.batch_size, tokens=64 * self.batch_size)
 
     def _autocast(self, context: Context) -> torch.dtype | None:
         """Of what only ranks; all least squares run in the weights' own precision."""
