@@ -10,7 +10,7 @@ from tiny_models import tiny
 
 from smbert.measure import count_parameters, macs
 from smbert.retraining_free.cost_table import CostTable, counted_costs
-from smbert.retraining_free.search import Options, check_reachable, chosen_again, find_sizes, fit, options_of
+from smbert.retraining_free.search import Options, check_reachable, find_sizes, fit, options_of
 from smbert.surgery import PruningPlan, keep_units, structure_of
 
 
@@ -158,7 +158,11 @@ def test_a_rough_loss_leads_the_search_and_the_real_one_judges_the_finalists():
     assert judged == sorted(within, key=rough_of.__getitem__)[:4] and len(within) > len(given_up) > 20
     assert found.loss == min(map(loss, judged)) == loss(found.widths) and found.evaluations == len(within)
     assert found.loss < loss(judged[0])  # what looked best was not
-    assert chosen_again(found, options, table, 18).widths == found.widths  # the coefficients are those of the winner
+    # The coefficients are those of the winner, and a search that goes on from them measures nothing else first.
+    again = find_sizes(options, table, 18, real, rough, steps=0, start=found.coefficients)
+    assert again.widths == found.widths and again.evaluations == 1
+    on = find_sizes(options, table, 15, loss, steps=20, start=found.coefficients)
+    assert on.cost <= 15 and on.loss <= find_sizes(options, table, 15, loss, steps=0, start=found.coefficients).loss
 
 
 def test_out_of_reach_says_the_smallest():

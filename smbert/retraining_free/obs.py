@@ -14,7 +14,7 @@ from .calibration import CalibrationLoss
 from .cost_table import CostTable
 from .database import Database
 from .reconstruct import Reduce
-from .search import BudgetOutOfReach, chosen_again, find_sizes, options_of
+from .search import BudgetOutOfReach, Found, find_sizes, options_of
 from .sequential import fit_to_original
 from .stream import Calls
 from .working_copy import working_copy
@@ -55,8 +55,8 @@ def prune_by_obs(
         seed: of the search.
         damping: of the last fit from bottom to top; None leaves that out.
         reduce: sums a tensor over all ranks.
-        pace: how many times as much as the table says a pruned model really costs; sizes are chosen again by what it says. None: the
-            table is exact.
+        pace: how many times as much as the table says a pruned model really costs; the search begins, and goes on, by what it says. None:
+            the table is exact.
 
     Raises:
         ValueError: the budget is below what can be reached.
@@ -78,23 +78,35 @@ def prune_by_obs(
         return coarse(pruned_to(widths), enough, same=[*kept, False].index(False))
 
     options = options_of([(s.sizes, s.errors) for s in database.sublayers], table)
-    found = find_sizes(options, table, budget, lambda widths: loss(pruned_to(widths)), roughly, steps=steps, seed=seed)
-    pruned, factor = pruned_to(found.widths), 1.0
+
+    def searched(limit: float, steps: int, start: Sequence[float] | None = None) -> Found:
+        return find_sizes(
+            options, table, limit, lambda widths: loss(pruned_to(widths)), roughly, steps=steps, seed=seed, start=start
+        )
+
+    # Plain sizes say already how the whole relates to the sum of its parts, so that the search looks at what will be within the budget.
+    factor = 1.0 if pace is None else pace(pruned_to(find_sizes(options, table, budget).widths))
+    try:
+        found = searched(budget / factor, steps)
+    except BudgetOutOfReach:  # it was within reach by the table itself, and the record says what it really costs
+        found = searched(budget, steps)
+    evaluations = found.evaluations
     for _ in range(CORRECTIONS):
-        if pace is None or abs((now := pace(pruned)) / factor - 1) <= PACE_TOLERANCE:
+        if pace is None or abs((now := pace(pruned_to(found.widths))) / factor - 1) <= PACE_TOLERANCE:
             break
-        logger.info("sizes of %.4g take %.3f times as much, chosen again", found.cost, now)
+        logger.info("sizes of %.4g take %.3f times as much, searched on", found.cost, now)
         factor = now
         try:
-            found = chosen_again(found, options, table, budget / factor)
-        except BudgetOutOfReach:  # it was within reach by the table itself, and the record says what it really costs
+            found = searched(budget / factor, steps // 6, found.coefficients)
+        except BudgetOutOfReach:
             break
-        pruned = pruned_to(found.widths)
+        evaluations += found.evaluations
+    pruned = pruned_to(found.widths)
     info: dict[str, Any] = {
-        "evaluations": found.evaluations,
+        "evaluations": evaluations,
         "cost": found.cost * factor,
         "pace": factor,
-        "calibration_loss": {"pruned": loss(pruned) if found.loss is None else found.loss},
+        "calibration_loss": {"pruned": found.loss},
     }
     if damping is not None:
         fitted = pruned_to(found.widths)

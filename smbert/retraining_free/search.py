@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -151,6 +151,7 @@ def find_sizes(
     *,
     steps: int = 90,
     seed: int = 0,
+    start: Sequence[float] | None = None,
 ) -> Found:
     """Sizes with a small loss that cost at most `budget`.
 
@@ -163,6 +164,7 @@ def find_sizes(
             finalists: more sizes that are judged roughly end better than fewer judged well. None: `loss`.
         steps: sizes that the search tries beside the measurement of each sub-layer alone; 0: only the latter.
         seed: of the search.
+        start: coefficients of an earlier search, from which this one goes on; what each sub-layer alone does is not measured then.
 
     Raises:
         BudgetOutOfReach: no sizes fit; the message says the smallest cost that can be reached.
@@ -185,10 +187,8 @@ def find_sizes(
         return known[widths][0], list(coefficients)
 
     # Not everywhere is a sub-layer's own effect what counts once others are pruned too, hence the plain start beside it.
-    best = min(
-        (attempt(start) for start in (_sensitivities(options, rough), [1.0] * count)),
-        key=lambda found: found[0],
-    )
+    starts = [start] if start is not None else [_sensitivities(options, rough), [1.0] * count]
+    best = min(map(attempt, starts), key=lambda found: found[0])
     logger.info("calibration loss %.5f before the search", best[0])
     rng, tried = np.random.default_rng(seed), 0
     for _ in range(20 * steps):  # many changes of the coefficients lead to sizes that are known already
@@ -206,17 +206,6 @@ def find_sizes(
     winner = min(finalists, key=judged.__getitem__)
     logger.info("calibration loss %.5f after %d evaluations", judged[winner], len(known))
     return Found(list(winner), table.total(winner), judged[winner], len(known), known[winner][1])
-
-
-def chosen_again(found: Found, options: Sequence[Options], table: CostTable, budget: float) -> Found:
-    """Sizes for another budget by the coefficients of a search; their loss is not measured.
-
-    Raises:
-        BudgetOutOfReach: as `find_sizes`.
-    """
-    check_reachable(options, table, budget)
-    widths = _pairs(fit(options, found.coefficients, budget - table.fixed))
-    return replace(found, widths=widths, cost=table.total(widths), loss=None)
 
 
 def check_reachable(options: Sequence[Options], table: CostTable, budget: float) -> None:

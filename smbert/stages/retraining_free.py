@@ -65,7 +65,8 @@ class RetrainingFreePruning(Stage):
         batch_size: rows of one batch, more where they are short; the result does not depend on it.
         calibration: so many of these rows judge by the divergence from the model's own answers, and are not fitted themselves: one half
             leads the search for sizes, the other judges what it found, and the fit (obs, like the next four).
-        search_steps: sizes that are tried beside those that the measured effect of each sub-layer suggests.
+        search_steps: sizes that are tried beside those that the measured effect of each sub-layer suggests; a sixth more where what
+            they really take asks for others.
         ffn_levels: FFN sizes are multiples of 1 / ffn_levels of the widest layer.
         damping: added to the diagonal of second moments, as a share of its mean.
         database: folder of the database of sizes, made there if there is none; by default in the run's cache.
@@ -322,7 +323,7 @@ class RetrainingFreePruning(Stage):
 
     def _pace(self, model: PreTrainedModel, pruned: PreTrainedModel, table: CostTable) -> float:
         """How many times as long as the table says a pruned model takes: in a row its sub-layers need not take what each takes alone."""
-        told = self._alone(lambda: self._measured(model, pruned, table, seconds=8))
+        told = self._alone(lambda: self._measured(model, pruned, table, seconds=8, runs=8))
         ratio = 0.0 if told is None else told["measured"] / told["predicted"]
         return float(sum_over_ranks(torch.tensor([ratio], dtype=torch.float64))[0])
 
@@ -340,6 +341,7 @@ class RetrainingFreePruning(Stage):
         table: CostTable,
         teacher: PreTrainedModel | None = None,
         seconds: float = 20,
+        runs: int = 20,
     ) -> dict[str, float]:
         """Predicted and measured milliseconds of the result, with what came in, and the teacher, timed in the same turns.
 
@@ -348,7 +350,7 @@ class RetrainingFreePruning(Stage):
         models = {"before": model, "after": pruned}
         if teacher is not None:
             models["teacher"] = on_device(teacher)
-        ms = whole_models_ms(models, self._conditions(), min_runs=20, min_seconds=seconds)
+        ms = whole_models_ms(models, self._conditions(), min_runs=runs, min_seconds=seconds)
         predicted, base = (table.total(structure_of(m).layer_widths) for m in (pruned, model))
         return {
             "predicted": predicted if self.speedup is None else ms["before"] * predicted / base,
