@@ -26,9 +26,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 FACTORS = (-10.0, 10.0)  # rescaling outside is refused: such factors fit noise (Kwon et al. 2022)
 _FLUSH = 128  # columns removed between two full updates of the inverse
-_IN_FLOAT32 = (
-    4096  # tokens whose products are summed in float32: a table of float64 for every short batch is all memory traffic
-)
+_IN_FLOAT32 = 4096  # tokens whose products are summed in it: to add every short batch in float64 is all memory traffic
 _BLOCK = 384  # columns of a table of second moments that are made at once, each against those up to itself alone
 
 
