@@ -290,6 +290,10 @@ def test_markdown_of_awkward_reports() -> None:
     ]
     text = Report(stages=stages).markdown()
     assert "| 00-teacher | 3.0 s | – | no layers |" in text and "| x | – | – | as it was |" in text
+    stages[1]["latency_ms"] = {"predicted": 612.0, "measured": 600.0}
+    text = Report(stages=stages).markdown()
+    assert "| layers | ms predicted / measured |\n|---|---:|---:|---|---:|\n" in text
+    assert "| no layers | – |" in text and "| as it was | 612 / 600 (+2.0 %) |" in text
 
 
 def printed(report: Report, width: int) -> str:
