@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 Result = tuple[PreTrainedModel, CostTable, float, dict[str, Any]]  # pruned, costs, budget, what is worth recording
 
+SHORT = (
+    64  # tokens: of rows that are shorter, more than `batch_size` come at once, or small products would slow all down
+)
 METHODS = ("obs", "fisher", "kprune")
 TIMED = ("speedup", "latency_ms")
 BUDGETS = (*TIMED, "macs", "params")
@@ -62,7 +65,7 @@ class RetrainingFreePruning(Stage):
         shape: batch x tokens at which time is measured.
         samples: training rows that are looked at, and texts of the pool where the task has fewer; their labels are not.
         tokens: rows are taken only until they hold this many, since it is tokens that the weights are fitted on.
-        batch_size: rows of one batch, more where they are short; the result does not depend on it.
+        batch_size: rows of one batch, more where they have fewer than 64 tokens; the result does not depend on it.
         calibration: so many of these rows judge by the divergence from the model's own answers, and are not fitted themselves: one half
             leads the search for sizes, the other judges what it found, and the fit (obs, like the next four).
         search_steps: sizes that are tried beside those that the measured effect of each sub-layer suggests; a sixth more where what
@@ -260,7 +263,7 @@ class RetrainingFreePruning(Stage):
         return pruned, table, limit, info
 
     def _batches(self, rows: Dataset, context: Context) -> list[dict[str, torch.Tensor]]:
-        return batches_of_rank(rows, context, self.batch_size, tokens=64 * self.batch_size)
+        return batches_of_rank(rows, context, self.batch_size, tokens=SHORT * self.batch_size)
 
     def _autocast(self, context: Context) -> torch.dtype | None:
         """Of what only ranks; all least squares run in the weights' own precision."""
