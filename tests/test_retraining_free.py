@@ -17,7 +17,8 @@ from smbert.allocate import Budget, plan_for
 from smbert.importance import score
 from smbert.measure import count_parameters, macs
 from smbert.modeling import FAMILIES, encoder_layers
-from smbert.retraining_free.calibration import CalibrationLoss, divergence
+from smbert.retraining_free import obs
+from smbert.retraining_free.calibration import SOFT, CalibrationLoss, divergence
 from smbert.retraining_free.database import FILE
 from smbert.stages import Outline, retraining_free
 from smbert.stages.base import batches_of_rank
@@ -94,11 +95,34 @@ def test_what_is_lost_beyond_enough_is_not_asked_for():
 def test_the_better_of_both_fits_stays(context, tmp_path):
     model = tiny("bert")
     pruned, info = pruned_by(model, context, tmp_path, macs="60%")
-    losses = info["calibration_loss"]
-    assert set(losses) == {"pruned", "fitted"} and info["evaluations"] > 2
+    errors = info["hidden_error"]
+    assert set(errors) == set(info["calibration_loss"]) == {"pruned", "fitted"} and info["evaluations"] > 2
     plain, other = pruned_by(model, context, tmp_path, macs="60%", fit_damping=None)
     same = all(torch.equal(a, b) for a, b in zip(pruned.state_dict().values(), plain.state_dict().values()))
-    assert same == (losses["fitted"] > losses["pruned"]) and set(other["calibration_loss"]) == {"pruned"}
+    assert same == (errors["fitted"] > errors["pruned"])
+    assert set(other["calibration_loss"]) == {"pruned"} and "hidden_error" not in other
+
+
+def test_a_fit_that_answers_worse_stays_where_its_hidden_states_are_nearer(context, tmp_path, monkeypatch):
+    """Rows that the original has learned by heart lose by whatever blurs its answers."""
+    model = tiny("bert")
+    plain, _ = pruned_by(model, context, tmp_path, macs="60%", fit_damping=None)
+
+    def fit(nearer):
+        def fitted(original, student, *_):
+            scale = 1.0 if nearer else 9.0
+            torch.nn.init.zeros_(student.classifier.weight)  # one answer to everything
+            student.base_model.load_state_dict(plain.base_model.state_dict())
+            last = student.base_model.encoder.layer[-1].output.LayerNorm
+            last.weight.data.mul_(scale)
+
+        return fitted
+
+    for nearer in (True, False):
+        monkeypatch.setattr(obs, "fit_to_original", fit(nearer))
+        pruned, info = pruned_by(model, context, tmp_path, macs="60%")
+        assert info["calibration_loss"]["fitted"] > info["calibration_loss"]["pruned"]
+        assert (pruned.classifier.weight.abs().max() == 0) == nearer
 
 
 def looked_at(monkeypatch, context, tmp_path, **options):
@@ -110,6 +134,7 @@ def looked_at(monkeypatch, context, tmp_path, **options):
             assert not any({"labels", "label"} & set(batch) for batch in batches)
             own = [tuple(row[row > 0].tolist()) for batch in batches for row in batch["input_ids"]]
             seen.setdefault(name, []).append(own)
+            assert name == "record" or kwargs["temperature"] == SOFT
             return original(model, batches, *args, **kwargs)
 
         return spied
@@ -350,6 +375,31 @@ def test_divergences():
         divergence(tokens, old[:, None] + tokens * 0 + torch.tensor([[[0.0]], [[1.0]]]) * 0, "regression", mask),
         torch.zeros(2),
     )
+
+
+def test_a_high_temperature_compares_logits():
+    old, new = torch.tensor([[9.0, -9.0], [0.0, 1.0]]).double(), torch.tensor([[9.0, -7.0], [1.0, 0.0]]).double()
+    hot, squares = 1e3, (new - old).square()
+    centred = squares.mean(-1) - (new - old).mean(-1).square()
+    for kind, limit in (
+        ("single_label_classification", centred / 2),
+        ("multi_label_classification", squares.mean(-1) / 8),
+    ):
+        torch.testing.assert_close(divergence(new, old, kind, temperature=hot), limit, rtol=5e-3, atol=0)
+        sure, unsure = divergence(new, old, kind)
+        assert sure < unsure / 100
+    torch.testing.assert_close(divergence(new, old, "regression", temperature=hot), divergence(new, old, "regression"))
+
+
+def test_the_softened_loss_is_that_of_softened_logits():
+    model = tiny("bert")
+    full, batches = PruningPlan.full(model), [batch(model, 8, 16, seed=seed) for seed in range(2)]
+    pruned = keep_units(model, PruningPlan(tuple(() for _ in full.heads), full.ffn))
+    with torch.no_grad():
+        old, new = (torch.cat([m.eval()(**b).logits for b in batches]) for m in (model, pruned))
+    soft = divergence(new, old, "single_label_classification", temperature=4.0).mean()
+    assert CalibrationLoss(model, batches, temperature=4.0)(pruned) == pytest.approx(float(soft), rel=1e-4)
+    assert CalibrationLoss(model, batches)(pruned) != pytest.approx(float(soft), rel=1e-2)
 
 
 @pytest.mark.parametrize("labels", [1, 3])

@@ -16,6 +16,10 @@ from ..modeling import encoder_layers
 from .reconstruct import Reduce
 from .stream import autocast_to, inputs_of, run_as
 
+# A temperature for what is judged by rows that the original was trained on: it is so sure of most of them that the few others would
+# make nearly all of the divergence, and sizes would suit these.
+SOFT = 4.0
+
 
 class CalibrationLoss:
     """Mean divergence per sample from a model's own answers on a few batches.
@@ -30,6 +34,7 @@ class CalibrationLoss:
         reduce: sums a tensor over all ranks; None: this process is alone.
         keep: what the original's layers put out, so that pruned forms need not run those that are still the same; takes (samples,
             layers, seq, hidden) of memory.
+        temperature: of the probabilities, see `divergence`.
 
     Raises:
         ValueError: no samples on any rank.
@@ -42,12 +47,10 @@ class CalibrationLoss:
         autocast: torch.dtype | None = None,
         reduce: Reduce | None = None,
         keep: bool = False,
+        temperature: float = 1.0,
     ):
-        self.batches, self.autocast, self.reduce = (
-            [inputs_of(batch, model.device) for batch in batches],
-            autocast,
-            reduce,
-        )
+        self.batches = [inputs_of(batch, model.device) for batch in batches]
+        self.autocast, self.reduce, self.temperature = autocast, reduce, temperature
         self.kind = problem_kind(model)
         self.outputs: list[list[Any]] = [[] for _ in self.batches]
         with contextlib.ExitStack() as stack:
@@ -78,7 +81,9 @@ class CalibrationLoss:
         for batch, target, outputs in zip(self.batches, self.targets, self.outputs):
             known = [lambda *_, output=output, **__: output for output in outputs[:same]]
             with run_as(encoder_layers(model), known):
-                losses = divergence(self._answers(model, batch), target, self.kind, batch.get("attention_mask"))
+                losses = divergence(
+                    self._answers(model, batch), target, self.kind, batch.get("attention_mask"), self.temperature
+                )
             total += losses.double().sum().cpu()  # none is below zero
             if float(total) > enough * self.samples:
                 break
@@ -102,24 +107,31 @@ def problem_kind(model: PreTrainedModel) -> str:
     return getattr(config, "problem_type", None) or "single_label_classification"
 
 
-def divergence(found: Tensor, target: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
+def divergence(
+    found: Tensor, target: Tensor, kind: str, mask: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
     """Divergence of each sample's logits from the target logits, (batch,).
 
     Args:
         found, target: (batch, classes), or (batch, seq, classes) for answers of each token.
         kind: a transformers `problem_type`.
         mask: real tokens (batch, seq), for answers of each token.
+        temperature: the logits are divided by it and the divergence multiplied by its square (Hinton et al. 2015); not for regression.
     """
     if kind == "regression":
         each = (found - target).square().mean(-1) / 2
-    elif kind == "multi_label_classification":
-        p = target.sigmoid()
-        each = (
-            p * (F.logsigmoid(target) - F.logsigmoid(found)) + (1 - p) * (F.logsigmoid(-target) - F.logsigmoid(-found))
-        ).mean(-1)
     else:
-        each = F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        each = temperature**2 * _of_probabilities(found / temperature, target / temperature, kind)
     if each.dim() == 1:
         return each
     real = torch.ones_like(each) if mask is None or mask.shape != each.shape else mask.to(each)
     return (each * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def _of_probabilities(found: Tensor, target: Tensor, kind: str) -> Tensor:
+    if kind == "multi_label_classification":
+        p = target.sigmoid()
+        return (
+            p * (F.logsigmoid(target) - F.logsigmoid(found)) + (1 - p) * (F.logsigmoid(-target) - F.logsigmoid(-found))
+        ).mean(-1)
+    return F.kl_div(found.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1)

@@ -124,8 +124,7 @@ def knowledge(
         mask[:] = [inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))]
         out = copy(**inputs)
         found = (out.logits if "logits" in out else out.last_hidden_state).float()
-        scale = 1.0 if kind == "regression" else TEMPERATURE
-        return scale**2 * divergence(found / scale, next(targets) / scale, kind, inputs.get("attention_mask"))
+        return divergence(found, next(targets), kind, inputs.get("attention_mask"), TEMPERATURE)
 
     dim = structure_of(model).head_dim
     squares = {key: torch.zeros(_linear(copy, key).in_features, dtype=torch.float64) for key in keys}

@@ -22,7 +22,7 @@ from ..context import Context, on_device
 from ..importance import sum_over_ranks
 from ..measure import max_positions
 from ..processes import process_state
-from ..retraining_free.calibration import CalibrationLoss
+from ..retraining_free.calibration import SOFT, CalibrationLoss
 from ..retraining_free.cost_table import CostTable, counted_costs
 from ..retraining_free.database import FILE, Database, Settings, build_database, check_vacant
 from ..retraining_free.empty_parts import without_empty_parts
@@ -227,6 +227,7 @@ class RetrainingFreePruning(Stage):
                 self._autocast(context),
                 sum_over_ranks,
                 keep=r is leading,
+                temperature=SOFT,
             )
             for r in (judging, leading)
         )
