@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -113,8 +113,9 @@ def prune_by_obs(
         fit_to_original(model, fitted, calls, damping, reduce)
         # On few tokens the fit may learn their noise, which the rows of `loss` do not share. Their hidden states tell, one error for each
         # token; of answers that training has made sure, whatever blurs them is the loser, though it gains on texts never seen.
-        error = CalibrationLoss(model.base_model, loss.batches, reduce=reduce)
-        errors = {"pruned": error(pruned.base_model), "fitted": error(fitted.base_model)}
+        plain, one, other = (cast(PreTrainedModel, m.base_model) for m in (model, pruned, fitted))
+        error = CalibrationLoss(plain, loss.batches, reduce=reduce)
+        errors = {"pruned": error(one), "fitted": error(other)}
         if errors["fitted"] <= errors["pruned"]:
             pruned = fitted
         info["hidden_error"] = errors
