@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from smbert._report_tables import prediction
 from smbert.checkpoints import load_model
 from smbert.context import Context, on_device
-from smbert.family import AIM, compress_family, trained_for
+from smbert.family import AIM, TOLERANCE, compress_family, trained_for
 from smbert.heads import with_head
 from smbert.inputs import tokenised
 from smbert.measure import latency, max_positions
@@ -147,7 +147,8 @@ class Shapes:
             low, high = 0, len(sizes)  # by falling size; the first that is fast enough
             while low < high:
                 middle = (low + high) // 2
-                low, high = (low, middle) if self._speedup(sizes[middle]) >= speedup else (middle + 1, high)
+                fast = self._speedup(sizes[middle]) >= TOLERANCE[0] * speedup  # what counts as honoured where the family is asked
+                low, high = (low, middle) if fast else (middle + 1, high)
             known[kind][f"{speedup:g}"] = asdict(sizes[low]) if low < len(sizes) else None
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, known)
