@@ -147,7 +147,9 @@ class Shapes:
             low, high = 0, len(sizes)  # by falling size; the first that is fast enough
             while low < high:
                 middle = (low + high) // 2
-                fast = self._speedup(sizes[middle]) >= TOLERANCE[0] * speedup  # what counts as honoured where the family is asked
+                fast = (
+                    self._speedup(sizes[middle]) >= TOLERANCE[0] * speedup
+                )  # what counts as honoured where the family is asked
                 low, high = (low, middle) if fast else (middle + 1, high)
             known[kind][f"{speedup:g}"] = asdict(sizes[low]) if low < len(sizes) else None
             self.file.parent.mkdir(parents=True, exist_ok=True)
