@@ -147,9 +147,8 @@ class Shapes:
             low, high = 0, len(sizes)  # by falling size; the first that is fast enough
             while low < high:
                 middle = (low + high) // 2
-                fast = (
-                    self._speedup(sizes[middle]) >= TOLERANCE[0] * speedup
-                )  # what counts as honoured where the family is asked
+                # What counts as honoured of a member of the family is fast enough.
+                fast = self._speedup(sizes[middle]) >= TOLERANCE[0] * speedup
                 low, high = (low, middle) if fast else (middle + 1, high)
             known[kind][f"{speedup:g}"] = asdict(sizes[low]) if low < len(sizes) else None
             self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -66,8 +66,8 @@ class RetrainingFreePruning(Stage):
         samples: training rows that are looked at, and texts of the pool where the task has fewer; their labels are not.
         tokens: rows are taken only until they hold this many, since it is tokens that the weights are fitted on.
         batch_size: rows of one batch, more where they have fewer than 64 tokens; the result does not depend on it.
-        calibration: so many of these rows judge by the divergence from the model's own answers, and are not fitted themselves: one half
-            leads the search for sizes, the other judges what it found, and the fit (obs, like the next four).
+        calibration: so many of these rows judge by the divergence from the model's own answers, softened, and are not fitted themselves:
+            one half leads the search for sizes, the other judges what it found, and, by hidden states, the fit (obs, like the next four).
         search_steps: sizes that are tried beside those that the measured effect of each sub-layer suggests; a sixth more where what
             they really take asks for others.
         ffn_levels: FFN sizes are multiples of 1 / ffn_levels of the widest layer.
