@@ -18,7 +18,8 @@ the model's in one process, all models of a cell one after the other.
 
  1. Per task and seed: the teacher.
  2. Per task, seed and speed-up (a cell): every method's model, evaluated on the validation split and timed. A method that needs a shape
-    takes the largest of its kind that reaches the speed-up on this machine, which is measured once (shapes.json).
+    takes the largest of its kind that reaches the speed-up on this machine, or 95 % of it as a member of the family may; that is
+    measured once (shapes.json).
 
 Each stage and each cell is skipped when it is done already: kill it at any time and run the same command again. Methods, tasks and
 seeds may be added by a second command with the same --output; the report holds every cell that is there.

@@ -40,9 +40,8 @@ logger = logging.getLogger(__name__)
 
 Result = tuple[PreTrainedModel, CostTable, float, dict[str, Any]]  # pruned, costs, budget, what is worth recording
 
-SHORT = (
-    64  # tokens: of rows that are shorter, more than `batch_size` come at once, or small products would slow all down
-)
+# Tokens: of rows that are shorter, more than `batch_size` come at once, or small products would slow all down.
+SHORT = 64
 METHODS = ("obs", "fisher", "kprune")
 TIMED = ("speedup", "latency_ms")
 BUDGETS = (*TIMED, "macs", "params")
