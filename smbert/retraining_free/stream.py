@@ -49,19 +49,57 @@ class Calls:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one output projection saw of one batch, real tokens only.
+    """What one output projection saw of one batch: float32, real tokens only, picked out when asked for.
 
     Attributes:
-        read: what the projections saw that its part begins with, (tokens, hidden).
-        inputs: (tokens, units * dim).
-        outputs: (tokens, hidden), the bias included.
-        residual: what the output is added to, (tokens, hidden).
+        place: for messages.
+        mask: real tokens, (batch, seq) bool.
+        everywhere: read, inputs, outputs and residual as below, (batch, seq, ...).
     """
 
-    read: Tensor
-    inputs: Tensor
-    outputs: Tensor
-    residual: Tensor
+    place: str
+    mask: Tensor
+    everywhere: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    @property
+    def read(self) -> Tensor:
+        """What the projections saw that its part begins with, (tokens, hidden)."""
+        return self._real(0)
+
+    @property
+    def inputs(self) -> Tensor:
+        """(tokens, units * dim).
+
+        Raises:
+            ValueError: activations that are not finite.
+        """
+        return self._finite(1)
+
+    @property
+    def outputs(self) -> Tensor:
+        """(tokens, hidden), the bias included.
+
+        Raises:
+            ValueError: activations that are not finite.
+        """
+        return self._finite(2)
+
+    @property
+    def residual(self) -> Tensor:
+        """What the output is added to, (tokens, hidden)."""
+        return self._real(3)
+
+    def _real(self, number: int) -> Tensor:
+        return self.everywhere[number][self.mask].float()
+
+    def _finite(self, number: int) -> Tensor:
+        found = self._real(number)
+        if not found.sum().isfinite():  # NaN and infinity stay in a sum, which is quicker than to look at each number
+            raise ValueError(
+                f"activations must be finite, got NaN or infinity at {self.place}. To resolve, check the weights and the data, and "
+                "run in float32 or bfloat16 rather than float16."
+            )
+        return found
 
     @property
     def total(self) -> Tensor:
@@ -162,6 +200,7 @@ class Stream:
         self.family, self.layers, self.calls = family_of(model), encoder_layers(model), calls
         self.states = list(calls.states)
         self.layer = 0
+        self._attended: list[Any] = []  # what the attention of the present layer puts out for each batch, once that is settled
 
     @torch.no_grad()
     def see(self, *parts: str, advance: bool = False) -> Iterator[dict[str, Seen]]:
@@ -170,14 +209,12 @@ class Stream:
         Args:
             parts: of `PARTS`.
             advance: go on to the next layer afterwards; the iterator must be used up then.
-
-        Raises:
-            ValueError: activations that are not finite.
         """
         layer = self.layers[self.layer]
         module = {part: self.family.get(layer, part) for part in PARTS}
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {part: [] for part in PARTS}
         read: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+        attended: list[Any] = []
 
         def watch(part: str, stop: bool) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -188,6 +225,7 @@ class Stream:
             return hook
 
         with contextlib.ExitStack() as stack:
+            stack.callback(self._watch_attention(layer, attended))
             for part in PARTS:
                 stop = part == "attention_output" and part in parts and len(parts) == 1 and not advance
                 stack.callback(module[part].register_forward_hook(watch(part, stop)).remove)
@@ -199,6 +237,7 @@ class Stream:
                 for part in PARTS:
                     seen[part].clear()
                     read[part].clear()
+                attended.clear()
                 state, after = self.states[number], self._forward(layer, number)
                 found = {}
                 for part in parts:
@@ -208,21 +247,28 @@ class Stream:
                     if part == "attention_output":
                         residual = state
                     elif self.family.pre_norm:  # what the feed-forward part reads is normed already
-                        residual = state + seen["attention_output"][0][1]
+                        residual = state + _tensor(attended[0])
                     else:
                         residual = first
-                    found[part] = self._real(number, part, first, inputs, outputs, residual)
+                    place = f"{part} of layer {self.layer}"
+                    found[part] = Seen(place, self.calls.masks[number], (first, inputs, outputs, residual))
                 yield found
                 if advance:
                     assert after is not None  # nothing stopped it
                     self.states[number] = after
         if advance:
             self.layer += 1
+            self._attended = []
 
     @torch.no_grad()
     def reads(self, part: str) -> Iterator[Tensor]:
-        """Runs the present layer on each batch as far as `Seen.read` of one part, which must have units, and yields that."""
+        """Runs the present layer on each batch as far as `Seen.read` of one part, which must have units, and yields that.
+
+        Of the feed-forward part, once the iterator is used up, the attention is settled and not run again in this layer, which takes
+        (batch, seq, hidden) of memory for each batch.
+        """
         read: list[Tensor] = []
+        attended: list[Any] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             read.append(args[0])
@@ -230,39 +276,46 @@ class Stream:
                 raise _Reached
 
         layer = self.layers[self.layer]
-        watch = self.family.get(layer, FIRST[part][0]).register_forward_pre_hook(hook)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._watch_attention(layer, attended))
+            stack.callback(self.family.get(layer, FIRST[part][0]).register_forward_pre_hook(hook).remove)
             for number, mask in enumerate(self.calls.masks):
                 read.clear()
                 length = mask.shape[1]
                 self._forward(layer, number)
                 yield torch.cat(read, 1)[mask].float()
-        finally:
-            watch.remove()
+        if part == PARTS[-1]:
+            self._attended = attended
 
     def advance(self) -> None:
         """Goes on to the next layer."""
         for _ in self.see(advance=True):
             pass
 
+    def _watch_attention(self, layer: nn.Module, found: list[Any]) -> Callable[[], None]:
+        """Adds to `found` what the attention of a layer puts out; returns what ends that."""
+        return self._attention(layer).register_forward_hook(lambda _, args, output: found.append(output)).remove
+
+    def _attention(self, layer: nn.Module) -> nn.Module:
+        """The child of a layer that ends with the attention's output projection, or with its norm."""
+        last = self.family.get(layer, PARTS[0])
+        return next(child for child in layer.children() if any(module is last for module in child.modules()))
+
     def _forward(self, layer: nn.Module, number: int) -> Tensor | None:
         args, kwargs = self.calls.arguments[number][self.layer]
         state = self.states[number]
-        with autocast_to(state.device, self.calls.autocast), contextlib.suppress(_Reached):
-            out = layer(state, *args, **kwargs)
-            return out[0] if isinstance(out, tuple) else out
+        known = [lambda *_, output=output, **__: output for output in self._attended[number : number + 1]]
+        with (
+            autocast_to(state.device, self.calls.autocast),
+            run_as([self._attention(layer)], known),
+            contextlib.suppress(_Reached),
+        ):
+            return _tensor(layer(state, *args, **kwargs))
         return None
 
-    def _real(self, number: int, part: str, first: Tensor, inputs: Tensor, outputs: Tensor, residual: Tensor) -> Seen:
-        mask = self.calls.masks[number]
-        seen = Seen(*(tensor[mask].float() for tensor in (first, inputs, outputs, residual)))
-        for tensor in (seen.inputs, seen.outputs):
-            if not tensor.isfinite().all():
-                raise ValueError(
-                    f"activations must be finite, got NaN or infinity at {part} of layer {self.layer}. To resolve, check the "
-                    "weights and the data, and run in float32 or bfloat16 rather than float16."
-                )
-        return seen
+
+def _tensor(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def inputs_of(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

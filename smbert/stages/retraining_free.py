@@ -218,7 +218,7 @@ class RetrainingFreePruning(Stage):
         judged = self._judges(rows)
         half, rest = (judged + 1) // 2, rows.select(range(judged, len(rows)))
         leading, judging = rows.select(range(half)), rows.select(range(judged - half, judged))
-        calls = record(model, self._batches(rest, context), answers=False)
+        calls = record(model, self._batches(rest, context), self._autocast(context), answers=False)
         loss, coarse = (
             CalibrationLoss(
                 model,
@@ -266,7 +266,7 @@ class RetrainingFreePruning(Stage):
         return batches_of_rank(rows, context, self.batch_size, tokens=SHORT * self.batch_size)
 
     def _autocast(self, context: Context) -> torch.dtype | None:
-        """Of what only ranks; all least squares run in the weights' own precision."""
+        """Of the passes; second moments are summed, and least squares solved, in float32 and float64."""
         return torch.bfloat16 if context.bf16 else None
 
     def _rows(self, context: Context) -> Dataset:
