@@ -146,6 +146,39 @@ def test_reading_stops_where_the_part_begins(family):
     assert not run
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settled_attention_is_not_run_again_in_its_layer(family):
+    model, _, calls = pair(family)
+    runs: list[int] = []
+    query = encoder_layers(model)[0].get_submodule(family_of(model).query)
+    query.register_forward_hook(lambda *_: runs.append(1))
+    plain, settled = Stream(model, calls), Stream(model, calls)
+    list(settled.reads("ffn_out"))
+    assert len(runs) == len(calls.states)
+    runs.clear()
+    for one, other in zip(plain.see("ffn_out"), settled.see("ffn_out"), strict=True):
+        for name in ("read", "inputs", "outputs", "residual"):
+            assert torch.equal(getattr(one["ffn_out"], name), getattr(other["ffn_out"], name))
+    settled.advance()
+    assert len(runs) == len(calls.states)  # of the plain one
+    for stream in (plain, settled):
+        while stream.layer < 2:
+            stream.advance()
+    assert all(torch.equal(one, other) for one, other in zip(plain.states, settled.states, strict=True))
+
+
+def test_passes_in_bf16_end_as_near_to_the_original():
+    model, student, calls = pair("bert")
+    half = copy.deepcopy(student)
+    fit_to_original(model, student, calls, damping=1e-2)
+    rows = [batch(model, 4, 16, seed=seed) for seed in range(8)]
+    fit_to_original(model, half, record(model, rows, torch.bfloat16, answers=False), damping=1e-2)
+    target = last_states(model, calls)
+    errors = [float((last_states(m, calls) - target).square().mean()) for m in (student, half)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert all(parameter.dtype == torch.float32 for parameter in half.parameters())
+
+
 def test_chunks_of_the_feed_forward_part_are_read_whole():
     model = tiny("bert", layers=3, chunk_size_feed_forward=4)
     calls = record(model, [batch(model, 4, 16)])

@@ -200,7 +200,8 @@ class Stream:
         self.family, self.layers, self.calls = family_of(model), encoder_layers(model), calls
         self.states = list(calls.states)
         self.layer = 0
-        self._attended: list[Any] = []  # what the attention of the present layer puts out for each batch, once that is settled
+        # What the attention of the present layer puts out for each batch, once that is settled.
+        self._attended: list[Any] = []
 
     @torch.no_grad()
     def see(self, *parts: str, advance: bool = False) -> Iterator[dict[str, Seen]]:
