@@ -58,7 +58,7 @@ def fit_to_original(
 ) -> None:
     """Fits the projections of `student` in place, from the first sub-layer that has lost units on.
 
-    Takes (tokens, 4 * hidden) of memory beside the hidden states of both.
+    Takes (tokens, 5 * hidden) of memory beside the hidden states of both.
 
     Args:
         model: the original.
