@@ -52,19 +52,19 @@ class Seen:
     """What one output projection saw of one batch: float32, real tokens only, picked out when asked for.
 
     Attributes:
-        place: for messages.
+        place: part and layer, for messages.
         mask: real tokens, (batch, seq) bool.
-        everywhere: read, inputs, outputs and residual as below, (batch, seq, ...).
+        everywhere: by the names of the properties, (batch, seq, ...).
     """
 
     place: str
     mask: Tensor
-    everywhere: tuple[Tensor, Tensor, Tensor, Tensor]
+    everywhere: dict[str, Tensor]
 
     @property
     def read(self) -> Tensor:
         """What the projections saw that its part begins with, (tokens, hidden)."""
-        return self._real(0)
+        return self._real("read")
 
     @property
     def inputs(self) -> Tensor:
@@ -73,7 +73,7 @@ class Seen:
         Raises:
             ValueError: activations that are not finite.
         """
-        return self._finite(1)
+        return self._finite("inputs")
 
     @property
     def outputs(self) -> Tensor:
@@ -82,18 +82,18 @@ class Seen:
         Raises:
             ValueError: activations that are not finite.
         """
-        return self._finite(2)
+        return self._finite("outputs")
 
     @property
     def residual(self) -> Tensor:
         """What the output is added to, (tokens, hidden)."""
-        return self._real(3)
+        return self._real("residual")
 
-    def _real(self, number: int) -> Tensor:
-        return self.everywhere[number][self.mask].float()
+    def _real(self, name: str) -> Tensor:
+        return self.everywhere[name][self.mask].float()
 
-    def _finite(self, number: int) -> Tensor:
-        found = self._real(number)
+    def _finite(self, name: str) -> Tensor:
+        found = self._real(name)
         if not found.sum().isfinite():  # NaN and infinity stay in a sum, which is quicker than to look at each number
             raise ValueError(
                 f"activations must be finite, got NaN or infinity at {self.place}. To resolve, check the weights and the data, and "
@@ -251,8 +251,11 @@ class Stream:
                         residual = state + _tensor(attended[0])
                     else:
                         residual = first
-                    place = f"{part} of layer {self.layer}"
-                    found[part] = Seen(place, self.calls.masks[number], (first, inputs, outputs, residual))
+                    found[part] = Seen(
+                        f"{part} of layer {self.layer}",
+                        self.calls.masks[number],
+                        {"read": first, "inputs": inputs, "outputs": outputs, "residual": residual},
+                    )
                 yield found
                 if advance:
                     assert after is not None  # nothing stopped it

@@ -266,7 +266,7 @@ class RetrainingFreePruning(Stage):
         return batches_of_rank(rows, context, self.batch_size, tokens=SHORT * self.batch_size)
 
     def _autocast(self, context: Context) -> torch.dtype | None:
-        """Of the passes; second moments are summed, and least squares solved, in float32 and float64."""
+        """Of what ranks, and of what obs records; moments and least squares are float32 and float64 all the same."""
         return torch.bfloat16 if context.bf16 else None
 
     def _rows(self, context: Context) -> Dataset:
