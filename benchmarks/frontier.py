@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     encoder = encoder_of(args.model)
     settings = {
         "model": model_fingerprint(encoder), "speedups": speedups, "max_train_samples": args.max_train_samples,
-        "pool_samples": args.pool_samples, "pool_task": args.pool_task, "recipe": recipe.to_dict(), "paper_recipe": paper.to_dict(),
+        "pool_samples": args.pool_samples, "pool_task": args.pool_task, "turned_pairs": args.turned_pairs, "recipe": recipe.to_dict(), "paper_recipe": paper.to_dict(),
     }  # fmt: skip
     data = {name: load_task(name, args.data_dir) for name in args.tasks.split(",")}  # all, before any work
     same_settings(out / "settings.json", settings)
@@ -132,7 +132,14 @@ def run(args: argparse.Namespace) -> None:
                 if args.pool_samples:
                     own = len(texts["train"])
                     more = more_text.unlabelled(
-                        task, splits["train"], own, args.pool_samples, seed, args.pool_task, args.data_dir
+                        task,
+                        splits["train"],
+                        own,
+                        args.pool_samples,
+                        seed,
+                        args.pool_task,
+                        args.data_dir,
+                        bool(args.turned_pairs),
                     )
                 pool, pool_texts = tokenised_pool(more, task, tokenizer, recipe.max_length)
                 context = Context(

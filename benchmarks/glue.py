@@ -178,7 +178,14 @@ def with_pool(args: argparse.Namespace, recipe: Recipe, context: Context) -> tup
     if args.max_train_samples is not None and args.max_train_samples < len(own):
         own = own.select(range(args.max_train_samples))  # the rows that the teacher saw
     texts = more_text.unlabelled(
-        task, context.data.texts["train"], len(own), args.pool_samples, context.seed, source, args.data_dir
+        task,
+        context.data.texts["train"],
+        len(own),
+        args.pool_samples,
+        context.seed,
+        source,
+        args.data_dir,
+        bool(args.turned_pairs),
     )
     if texts is None:
         return recipe, context

@@ -148,6 +148,11 @@ def add_compress_flags(parser: argparse.ArgumentParser, default_recipe: str) -> 
     group.add_argument("--teacher", help="fine-tuned checkpoint to learn from (default: the model, fine-tuned)")
     group.add_argument("--unlabelled-file", help="texts without labels, soft-labelled by the teacher")
     group.add_argument(
+        "--turned-pairs",
+        action="store_true",
+        help="the training pairs turned round, (b, a), are texts without labels, too",
+    )
+    group.add_argument(
         "--target",
         metavar="GOAL=VALUE",
         help="speedup=6, params=35%% or latency_ms=12: sets the sizes by measuring here",
@@ -226,7 +231,7 @@ def run_compress(args: argparse.Namespace) -> None:
     from ._rows import read_files
     from .compress import compress
     from .family import compress_family
-    from .inputs import as_recipe
+    from .inputs import as_recipe, with_turned_pairs
 
     if args.speedups and args.target:
         raise ValueError(
@@ -255,6 +260,8 @@ def run_compress(args: argparse.Namespace) -> None:
     if args.intermediate:
         recipe, intermediate = recipe.through(args.intermediate), [args.intermediate]
     unlabelled = read_files([args.unlabelled_file]) if args.unlabelled_file else None
+    if args.turned_pairs:
+        unlabelled = with_turned_pairs(unlabelled, data["train"], task)
     goal = pairs([args.target], "--target") | {"shape": args.target_shape} if args.target else None
     options: dict[str, Any] = {
         "task": task,

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from .context import TaskData
 from .processes import process_state
 from .recipe import Recipe
 from .stages import Stage
-from .tasks import Task, custom_task_from, load_task, prepare, tokenize
+from .tasks import Task, custom_task_from, load_task, prepare, tokenize, turned_pairs
 from .trainer import training_arguments
 
 # What the stages set themselves, and where the user sets it.
@@ -170,3 +170,16 @@ def tokenised_pool(
         return None, None
     checked = prepare(task, {"unlabelled": pool}, required=("unlabelled",))["unlabelled"]
     return tokenize(checked, task, tokenizer, max_length), checked  # type: ignore[return-value]
+
+
+def with_turned_pairs(pool: Dataset | None, train: Dataset, task: Task) -> Dataset:
+    """The training pairs turned round, and after them the pool's texts.
+
+    Raises:
+        ValueError: a task of single texts, or a pool of other columns or with rows that are no texts.
+    """
+    turned = turned_pairs(train, task)
+    if pool is None:
+        return turned
+    checked = prepare(task, {"unlabelled": pool}, required=("unlabelled",))["unlabelled"]
+    return concatenate_datasets([turned, checked.cast(turned.features)])

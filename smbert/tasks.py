@@ -39,6 +39,7 @@ __all__ = [
     "prepare",
     "tokenize",
     "tokenizer_fingerprint",
+    "turned_pairs",
     "write_submission",
 ]
 
@@ -227,6 +228,34 @@ def glue_task(name: str) -> Task:
             "`load_files` (flags --train-file, --validation-file)."
         )
     return GLUE[key]
+
+
+def turned_pairs(rows: Dataset, task: Task) -> Dataset:
+    """Each pair of texts the other way round, (b, a) for (a, b), and without a label: more text of the task's own kind.
+
+    For a student to learn from: a teacher labels what it is shown, also where the direction matters, as in entailment.
+
+        compress(model, unlabelled_dataset=turned_pairs(train, task), ...)
+
+    Args:
+        rows: with the task's two text columns; others are left out.
+        task: names them.
+
+    Returns:
+        As many rows, in the same order.
+
+    Raises:
+        ValueError: a task of single texts, or a column that is not there.
+    """
+    if len(task.text_columns) != 2:
+        raise ValueError(
+            f"`task` must have two text columns to turn round, got {task.text_columns} of {task.name!r}. "
+            "To resolve, leave the turned pairs (flag --turned-pairs) out."
+        )
+    _rows.require_columns(rows, list(task.text_columns), "train")
+    one, other = task.text_columns
+    plain = rows.select_columns([one, other])
+    return plain.rename_columns({one: other, other: one}).select_columns([one, other])
 
 
 def custom_task_from(

@@ -146,6 +146,7 @@ def test_compress_with_a_target_a_teacher_and_unlabelled_texts(
         (["--tokenizer", "nowhere/at/all"], ["nowhere/at/all", "--tokenizer"]),
         (["--max-length", "1000"], ["max_length", "128"]),
         (["--unlabelled-file", "pool.docx"], ["pool.docx"]),
+        (["--turned-pairs"], ["two text columns", "'text'", "--turned-pairs"]),
     ],
 )
 def test_errors_are_one_line_and_status_2(

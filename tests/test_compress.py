@@ -38,12 +38,13 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import smbert
 from smbert.checkpoints import load_model
 from smbert.compress import CompressionResult, compress
+from smbert.inputs import with_turned_pairs
 from smbert.measure import count_parameters
 from smbert.objectives import GoldObjective, HiddenObjective, LogitsObjective, RelationObjective
 from smbert.recipe import Recipe
 from smbert.report import Report
 from smbert.stages import DepthReduction, Distill, Finetune, WidthPruning
-from smbert.tasks import Task
+from smbert.tasks import Task, glue_task
 from smbert.teacher import model_fingerprint
 from smbert.trainer import SmbertTrainer
 
@@ -349,6 +350,16 @@ def test_unlabelled_texts(tuned: Path, tmp_path: Path) -> None:
     only = Recipe(stages=(Distill(objectives=(LogitsObjective(),), data="pool", **FAST),))
     run(tuned, tmp_path / "only", only, unlabelled_dataset=pool)
     assert json.loads((tmp_path / "only" / "01-distill" / "stage.json").read_text())["train_rows"] == 24
+
+
+def test_turned_pairs_come_before_the_pools_texts() -> None:
+    train = Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "label": [0]})
+    pool = Dataset.from_dict({"idx": [0], "sentence2": ["d"], "sentence1": ["c"]})
+    both = {"sentence1": ["b", "c"], "sentence2": ["a", "d"]}
+    assert with_turned_pairs(pool, train, glue_task("rte")).to_dict() == both
+    assert with_turned_pairs(None, train, glue_task("rte")).to_dict() == {"sentence1": ["b"], "sentence2": ["a"]}
+    with pytest.raises(ValueError, match="unlabelled split has no column 'sentence2'"):
+        with_turned_pairs(pool.remove_columns("sentence2"), train, glue_task("rte"))
 
 
 def test_own_metrics(tuned: Path, tmp_path: Path) -> None:

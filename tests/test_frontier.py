@@ -320,10 +320,14 @@ def test_text_without_labels_is_the_tasks_other_rows_and_then_another_tasks(tmp_
         if one[0] != "a"
     )
     assert len(unlabelled(glue_task("rte"), train, 6, 99, 3, "mnli", str(tmp_path))) == 4 + rows
+    turned = unlabelled(glue_task("rte"), train, 6, 15, 3, "mnli", str(tmp_path), turned=True)
+    assert set(zip(turned["sentence1"][:6], turned["sentence2"][:6])) == {(f"b{a[1:]}", a) for a in seen}
+    assert turned[6:]["sentence1"] == found[:3]["sentence1"]
     assert unlabelled(glue_task("rte"), train, 6, 6, 3, "mnli", str(tmp_path)) is None
     assert unlabelled(glue_task("rte"), train, 10, 99, 3) is None
     single = Dataset.from_dict({"sentence": ["one", "two"], "label": [0, 1]})
     assert len(unlabelled(glue_task("sst2"), single, 1, 99, 3, "mnli", str(tmp_path))) == 1  # pairs are no single texts
+    assert unlabelled(glue_task("sst2"), single, 2, 99, 3, turned=True) is None
 
 
 def test_shapes_are_the_largest_that_are_fast_enough_and_are_measured_once(

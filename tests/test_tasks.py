@@ -21,6 +21,7 @@ from smbert.tasks import (
     load_task,
     majority_baseline,
     prepare,
+    turned_pairs,
 )
 
 SHARED_GLUE = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue"
@@ -68,6 +69,16 @@ def test_glue_names_are_lenient(name: str) -> None:
 def test_unknown_task_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"one of cola, sst2.*got 'imdb'.*To resolve.*load_files"):
         glue_task("imdb")
+
+
+def test_turned_pairs() -> None:
+    columns = {"sentence2": ["b0", "b1"], "label": [0, 1], "idx": [7, 8], "sentence1": ["a0", "a1"]}
+    turned = turned_pairs(Dataset.from_dict(columns), glue_task("rte"))
+    assert turned.to_dict() == {"sentence1": ["b0", "b1"], "sentence2": ["a0", "a1"]}
+    with pytest.raises(ValueError, match=r"two text columns .* 'sst2'"):
+        turned_pairs(Dataset.from_dict({"sentence": ["a"]}), glue_task("sst2"))
+    with pytest.raises(ValueError, match="no column 'sentence2'"):
+        turned_pairs(Dataset.from_dict({"sentence1": ["a"]}), glue_task("rte"))
 
 
 @pytest.mark.parametrize(
