@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> None:
     encoder = encoder_of(args.model)
     settings = {
         "model": model_fingerprint(encoder), "speedups": speedups, "max_train_samples": args.max_train_samples,
-        "pool_samples": args.pool_samples, "pool_task": args.pool_task, "turned_pairs": args.turned_pairs, "recipe": recipe.to_dict(), "paper_recipe": paper.to_dict(),
+        "pool_samples": args.pool_samples, "pool_task": args.pool_task, "turned_pairs": args.turned_pairs or None,  # older folders have none
+        "recipe": recipe.to_dict(), "paper_recipe": paper.to_dict(),
     }  # fmt: skip
     data = {name: load_task(name, args.data_dir) for name in args.tasks.split(",")}  # all, before any work
     same_settings(out / "settings.json", settings)
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
                         seed,
                         args.pool_task,
                         args.data_dir,
-                        bool(args.turned_pairs),
+                        args.turned_pairs,
                     )
                 pool, pool_texts = tokenised_pool(more, task, tokenizer, recipe.max_length)
                 context = Context(

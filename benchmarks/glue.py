@@ -185,7 +185,7 @@ def with_pool(args: argparse.Namespace, recipe: Recipe, context: Context) -> tup
         context.seed,
         source,
         args.data_dir,
-        bool(args.turned_pairs),
+        args.turned_pairs,
     )
     if texts is None:
         return recipe, context

@@ -20,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser, default_task: str) -> None:
     parser.add_argument(
         "--turned-pairs",
         action="store_true",
-        default=None,
         help="the pairs that the teacher saw turned round, (b, a), are text, too",
     )
     parser.add_argument("--pool-task", help=f"whose text fills up (default: {default_task})")
@@ -33,7 +32,7 @@ def check(args: argparse.Namespace) -> None:
     if args.pool_task is not None:
         glue_task(args.pool_task)
     for flag, value in (("--pool-task", args.pool_task), ("--turned-pairs", args.turned_pairs)):
-        if value is not None and args.pool_samples is None:
+        if value and args.pool_samples is None:
             raise ValueError(
                 f"`{flag}` needs `--pool-samples`, got {value!r} alone. To resolve, pass both, or neither."
             )
