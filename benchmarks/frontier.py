@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
                         seed,
                         args.pool_task,
                         args.data_dir,
-                        args.turned_pairs,
+                        turned=args.turned_pairs,
                     )
                 pool, pool_texts = tokenised_pool(more, task, tokenizer, recipe.max_length)
                 context = Context(

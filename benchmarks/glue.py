@@ -185,7 +185,7 @@ def with_pool(args: argparse.Namespace, recipe: Recipe, context: Context) -> tup
         context.seed,
         source,
         args.data_dir,
-        args.turned_pairs,
+        turned=args.turned_pairs,
     )
     if texts is None:
         return recipe, context

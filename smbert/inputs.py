@@ -181,5 +181,6 @@ def with_turned_pairs(pool: Dataset | None, train: Dataset, task: Task) -> Datas
     turned = turned_pairs(train, task)
     if pool is None:
         return turned
+    # Before `compress` checks it, since other columns would end in an error of datasets.
     checked = prepare(task, {"unlabelled": pool}, required=("unlabelled",))["unlabelled"]
     return concatenate_datasets([turned, checked.cast(turned.features)])
