@@ -377,6 +377,24 @@ def test_divergences():
     )
 
 
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification"])
+def test_nearly_equal_answers_diverge_by_more_than_rounding(kind: str):
+    """Half the variance of the logits' difference under the old probabilities, though it is below 1e-7."""
+    old = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    new = old + torch.tensor([2.0**-12, 0.0, -(2.0**-12)])
+    found, exact = divergence(new, old, kind), divergence(new.double(), old.double(), kind)
+    assert exact.max() < 1e-7
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+    step = (new - old).double()
+    if kind == "single_label_classification":
+        p = old.double().softmax(-1)
+        expected = ((p * step.square()).sum(-1) - (p * step).sum(-1).square()) / 2
+    else:
+        p = old.double().sigmoid()
+        expected = (p * (1 - p) * step.square()).mean(-1) / 2
+    torch.testing.assert_close(exact, expected, rtol=1e-3, atol=0)
+
+
 def test_a_high_temperature_compares_logits():
     old, new = torch.tensor([[9.0, -9.0], [0.0, 1.0]]).double(), torch.tensor([[9.0, -7.0], [1.0, 0.0]]).double()
     hot, squares = 1e3, (new - old).square()

@@ -121,7 +121,9 @@ def divergence(
     if kind == "regression":
         each = (found - target).square().mean(-1) / 2
     else:
-        each = temperature**2 * _of_probabilities(found / temperature, target / temperature, kind)
+        # Nearly equal answers cancel: in float32 1e-7 is rounding, and to prune one sub-layer may lose no more than that.
+        p, q = (logits.double() / temperature for logits in (target, found))
+        each = (temperature**2 * _of_probabilities(q, p, kind)).to(found.dtype)
     if each.dim() == 1:
         return each
     real = torch.ones_like(each) if mask is None or mask.shape != each.shape else mask.to(each)
