@@ -58,7 +58,7 @@ from smbert.runner import Runner, write_json
 from smbert.stages import Outline, RetrainingFreePruning
 from smbert.surgery import structure_of
 from smbert.tasks import load_task
-from smbert.teacher import freeze, model_fingerprint
+from smbert.teacher import dataset_fingerprint, freeze, model_fingerprint
 
 METHODS = {**SIZED, **FIXED}
 SHAPE = "32x128"
@@ -117,6 +117,9 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     data = {name: load_task(name, args.data_dir) for name in args.tasks.split(",")}  # all, before any work
     same_settings(out / "settings.json", settings)
+    for name, (_, splits) in data.items():
+        rows = {f"{split} rows of {name}": dataset_fingerprint(splits[split]) for split in ("train", "validation")}
+        same_settings(out / f"data-{name}.json", rows)
     same_small_model(out / "small.json", args.small_model)
     shapes = Shapes(encoder, out / "shapes.json")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -286,7 +289,11 @@ def report_of(out: Path, command: str, left_out: Sequence[str]) -> Report:
         if not (row.name in (TEACHER, INT8_TEACHER, MAJORITY) and known):
             report.add(row)
     steps = dict.fromkeys(f"{c['task']} {c['speedup']:g}x: {c['steps']}" for c in found)
-    report.notes = [f"Training steps of every method after the teacher's: {'; '.join(steps)}.", *left_out]
+    report.notes = [
+        f"Training steps of every method after the teacher's: {'; '.join(steps)}; smbert-small has the small checkpoint's and then its own family's.",
+        "Each speed-up is against the teacher as its own cell timed it; the teacher's milliseconds here are the first cell's.",
+        *left_out,
+    ]
     report.notes += dict.fromkeys(note for made in found for note in made.get("notes", ()))
     for made in found:
         where = f"{made['task']}, seed {made['seed']}, {made['speedup']:g}x"

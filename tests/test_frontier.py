@@ -218,6 +218,10 @@ def test_every_method_in_every_cell_and_resumed(
     assert frontier.main([*command, "--set", "distill.max_steps=4"]) == 2
     error = capsys.readouterr().err
     assert "other settings (recipe)" in error and "To resolve" in error
+    fewer = tmp_path / "data" / "rte" / "validation.parquet"
+    Dataset.from_parquet(str(fewer)).select(range(8)).to_parquet(str(fewer))
+    assert frontier.main(command) == 2
+    assert "other settings (validation rows of rte)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
