@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -146,6 +147,13 @@ def load_model(
         ) from error
     _check_loaded(info, config, place, fresh)
     return model.eval()
+
+
+def in_fp32(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or an fp32 copy of one with other weights: transformers loads a half-precision checkpoint as it is stored."""
+    if {p.dtype for p in model.parameters() if p.is_floating_point()} <= {torch.float32}:
+        return model
+    return copy.deepcopy(model).float()
 
 
 def _check_loaded(info: dict[str, Any], config: Any, place: str, fresh: bool) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ._int8_row import Served, with_int8_teacher
 from ._model_card import write_whole
 from ._report_tables import TEACHER
-from .checkpoints import load_model, save_model
+from .checkpoints import in_fp32, load_model, save_model
 from .context import Context, device_of_run, on_device
 from .heads import check_labels, in_order_of, is_finetuned, with_head
 from .inputs import (
@@ -157,7 +157,9 @@ def compress(
     options = as_options(args)
     spec, data = as_data(task, data_dir, train_dataset, eval_dataset, text_columns, label_column)
     set_seed(seed)
-    student = model if isinstance(model, PreTrainedModel) else load_model(model, trust_remote_code=trust_remote_code)
+    student = (
+        in_fp32(model) if isinstance(model, PreTrainedModel) else load_model(model, trust_remote_code=trust_remote_code)
+    )
     tok = as_tokenizer(model, tokenizer, trust_remote_code)
     finetuned = is_finetuned(model) and not new_head
     if finetuned:
@@ -172,7 +174,7 @@ def compress(
             )
         if isinstance(teacher, PreTrainedModel):
             # A copy, because a teacher is frozen and moved to the device of the run.
-            master = copy.deepcopy(teacher)
+            master = copy.deepcopy(in_fp32(teacher))
         else:
             master = load_model(teacher, trust_remote_code=trust_remote_code)
         if not finetuned:

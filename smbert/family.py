@@ -164,7 +164,8 @@ def _add(
 ) -> None:
     """The member's row under its own name, the teacher's once, whether the speed-up was honoured, and what the pruning predicted.
 
-    The rows are timed in torch with the threads of the run; where the budget was in other times, `pruned` tells: the stage's own factor.
+    The rows are timed in torch with the threads of the run, at shapes of their own; where the budget was in other times, `pruned` tells:
+    the stage's own factor.
     """
     rows = {row.name: row for row in result.report.rows}
     if STUDENT not in rows:  # another process measures
@@ -178,10 +179,9 @@ def _add(
             report.add(row)
     where = [] if prune.engine in (None, "torch") else [f"behind {prune.engine}"]
     where += [] if prune.threads is None else [f"with {prune.threads} thread{'' if prune.threads == 1 else 's'}"]
-    reached = pruned if where else rows[STUDENT].speedup.get(prune.shape)
-    if reached is not None:
-        honoured = TOLERANCE[0] <= reached / speedup <= TOLERANCE[1]
-        report.notes.append(
-            f"{' '.join([f'{speedup:g}x at {prune.shape}', *where])} was asked for and {reached:.2f}x measured: "
-            f"{'honoured' if honoured else 'MISSED'}. Milliseconds as the pruning predicted and then measured them: {predicted}."
-        )
+    reached = pruned if where else rows[STUDENT].speedup.get(prune.shape, pruned)
+    honoured = TOLERANCE[0] <= reached / speedup <= TOLERANCE[1]
+    report.notes.append(
+        f"{' '.join([f'{speedup:g}x at {prune.shape}', *where])} was asked for and {reached:.2f}x measured: "
+        f"{'honoured' if honoured else 'MISSED'}. Milliseconds as the pruning predicted and then measured them: {predicted}."
+    )

@@ -233,6 +233,23 @@ def test_loaded_objects_stay_as_they_are(tmp_path: Path) -> None:
         assert ("00-teacher" in stage_folders(tmp_path / head)) == (head == "encoder")
 
 
+@pytest.mark.parametrize("as_teacher", [False, True])
+def test_loaded_objects_in_half_precision_are_taken_in_fp32(raw: Path, tmp_path: Path, as_teacher: bool) -> None:
+    half = tiny("bert", "sequence-classification", max_position_embeddings=132).half()
+    before = model_fingerprint(half)
+    result = run(
+        raw if as_teacher else half,
+        tmp_path / "out",
+        SHORT,
+        tokenizer=tiny_tokenizer(),
+        teacher=half if as_teacher else None,
+    )
+    assert model_fingerprint(half) == before and half.dtype == torch.float16
+    assert result.model.dtype == torch.float32
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["dtype"] == "float32"
+    assert result.report.rows[0].latency_ms
+
+
 def test_a_teacher_of_another_width(raw: Path, tuned: Path, tmp_path: Path) -> None:
     teacher = checkpoint(tmp_path / "teacher", hidden_size=48, num_attention_heads=6, layers=5)
     recipe = Recipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -187,6 +188,17 @@ def test_too_few_tokens_are_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(ValueError, match=r"more than 64 tokens.*got \d+.*`samples`"):
         build_database(model, calls, tmp_path / "db", "data", SETTINGS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_runs_have_left_goes(tmp_path):
+    model = tiny("bert", layers=1)
+    old, new, other = (tmp_path / name for name in (".db.1.part", ".db.2.part", ".other.1.part"))
+    for folder in (old, new, other):
+        folder.mkdir()
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    build_database(model, record(model, batches(model)), tmp_path / "db", "data", SETTINGS)
+    assert not old.exists() and new.exists() and other.exists()
 
 
 @pytest.mark.parametrize("culprit", ["save_file", "_sizes_of", "model_fingerprint"])

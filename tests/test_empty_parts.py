@@ -66,6 +66,13 @@ def test_the_norm_before_takes_over_what_theirs_did(family):
     assert {id(p) for p in folded.parameters()}.isdisjoint(map(id, model.parameters())) and not folded.training
 
 
+def test_chunks_of_the_feed_forward_part_are_read_whole():
+    models = [emptied(), emptied(chunk_size_feed_forward=5)]
+    one, other = (without_empty_parts(model, batches(model)).state_dict() for model in models)
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, other[name], atol=1e-5), name
+
+
 def test_padding_does_not_count():
     model = emptied()
     padded = [

@@ -147,6 +147,19 @@ def test_a_speedup_behind_an_engine_is_judged_there(tmp_path: Path, quick: None)
         assert [set(stage["latency_ms"]) for stage in told if "latency_ms" in stage] == [{"predicted", "measured"}]
 
 
+def test_a_speedup_at_a_shape_that_reports_do_not_have_is_judged_by_the_stage(tmp_path: Path, quick: None) -> None:
+    prune, distill = RECIPE.stages
+    family = run(
+        raw_checkpoint(tmp_path / "model"),
+        tmp_path / "out",
+        recipe=replace(RECIPE, stages=(replace(prune, shape="2x8"), distill)),
+    )
+    whole, *members = (macs(m) for m in (tiny("bert"), *(family.members[s].model for s in (1.5, 2))))
+    for speedup, own, note in zip((1.5, 2), members, family.report.notes, strict=True):
+        assert f"{speedup:g}x at 2x8 was asked for and {whole / own:.2f}x measured" in note
+        assert "predicted and then measured" in note
+
+
 def test_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("smbert.family"), "compress", None)
     for speedups in ((), (1,), (2, "x"), (True,)):

@@ -69,8 +69,16 @@ def test_measured_once_per_machine_model_and_conditions(tmp_path, no_engine):
     assert latency_table(tiny("bert", layers=2, seed=5), (4, 2), (64, 32), SMALL, tmp_path / "cache") == first
     with pytest.raises(AssertionError, match="measured again"):
         latency_table(model, (2, 4), (32, 64), Conditions(3, 8, 1), tmp_path / "cache")
-    with pytest.raises(AssertionError, match="measured again"):
-        latency_table(tiny("bert", layers=3), (2, 4), (32, 64), SMALL, tmp_path / "cache")
+    for other in (tiny("bert", layers=3), tiny("bert", layers=2, hidden_act="relu")):
+        with pytest.raises(AssertionError, match="measured again"):
+            latency_table(other, (2, 4), (32, 64), SMALL, tmp_path / "cache")
+
+
+def test_models_of_several_vocabularies_are_timed_on_tokens_that_all_have():
+    models = {"large": tiny("bert", layers=1), "small": tiny("bert", layers=1, vocab_size=20)}
+    assert models["large"].config.vocab_size > 20
+    ms = module.whole_models_ms(models, SMALL, **QUICK)
+    assert ms.keys() == models.keys() and min(ms.values()) > 0
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from tiny_models import batch, tiny
 from smbert.importance import score
 from smbert.measure import count_parameters, macs
 from smbert.modeling import FAMILIES, encoder_layers
+from smbert.retraining_free import kprune
 from smbert.retraining_free.calibration import CalibrationLoss
 from smbert.retraining_free.cost_table import counted_costs
-from smbert.retraining_free.kprune import _above_threshold, knowledge
+from smbert.retraining_free.kprune import _above_threshold, knowledge, prune_by_knowledge
 from smbert.retraining_free.masksearch import fisher_blocks, rearranged, rescale_to_original
 from smbert.retraining_free.stream import PARTS, record
 from smbert.retraining_free.working_copy import output_projection, working_copy
@@ -142,7 +142,7 @@ def test_knowledge_is_its_definition():
     with torch.no_grad():
         output_projection(copy, "attention_output", 0).weight[:, 8:16] = 0
     keys = [("ffn_out", 0), ("attention_output", 1)]
-    found = knowledge(model, copy, replace(calls, outputs=[o.double() for o in calls.outputs]), rows, keys)
+    found = knowledge(copy, [o.double() for o in calls.outputs], rows, keys)
     squares, gradients, tokens = [0.0, 0.0], [0.0, 0.0], 0
     for inputs in one_by_one(rows):
         inputs = {**inputs}
@@ -172,6 +172,32 @@ def test_knowledge_is_its_definition():
         rows_of = (squares[i] / tokens * weight.square().mean(0)).reshape(-1, dim).sum(1)
         expected = gradients[i] / 8 / 2 + 2.5e-4 * rows_of
         torch.testing.assert_close(found[key], expected.detach(), rtol=1e-3, atol=1e-9)
+
+
+def test_knowledge_of_a_model_that_reads_in_chunks_is_the_same():
+    found = []
+    for options in ({}, {"chunk_size_feed_forward": 4}, {"chunk_size_feed_forward": 1}):
+        model = tiny("bert", layers=2, **options)
+        rows, copy = batches(model, 2), working_copy(model)
+        output_projection(copy, "attention_output", 0).weight.data[:, 8:16] = 0
+        found.append(knowledge(copy, record(model, rows).outputs, rows, [("ffn_out", 0), ("ffn_out", 1)]))
+    for key, scores in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[key], scores, rtol=1e-3, atol=1e-12)
+
+
+def test_kprune_in_half_precision_scores_no_rounding(monkeypatch):
+    """Nothing is pruned before the first scores, so the answers are the original's."""
+    model, seen = tiny("bert", layers=2), []
+    rows = batches(model, 2)
+    monkeypatch.setattr(kprune, "REPRESENTATION", 0.0)
+    scores = kprune.knowledge
+    monkeypatch.setattr(kprune, "knowledge", lambda *args: seen.append(scores(*args)) or seen[-1])
+    table = counted_costs(model, "macs", set(range(5)), set(range(0, 65, 8)))
+    calls = record(model, rows, answers=False)
+    prune_by_knowledge(model, calls, rows, table, macs(model) // 2, autocast=torch.bfloat16)
+    first, last = seen[0], seen[-1]
+    assert max(float(s.abs().max()) for s in first.values()) < 1e-3 * max(float(s.abs().max()) for s in last.values())
 
 
 def test_threshold_over_all_that_is_left():

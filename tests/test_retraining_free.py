@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from smbert.modeling import FAMILIES, encoder_layers
 from smbert.retraining_free import obs
 from smbert.retraining_free.calibration import SOFT, CalibrationLoss, divergence
 from smbert.retraining_free.database import FILE
+from smbert.retraining_free.latency_table import Conditions, latency_table, machine
 from smbert.stages import Outline, retraining_free
 from smbert.stages.base import batches_of_rank
 from smbert.stages.retraining_free import RetrainingFreePruning
@@ -260,6 +262,8 @@ def test_the_default_database_is_kept_in_the_cache(context, tmp_path):
     )
     pruned_by(model, context, tmp_path, macs="50%", ffn_levels=2)
     assert len(list(context.cache_dir.glob("database-*"))) == 2
+    pruned_by(model, replace(context, args={**context.args, "bf16": True}), tmp_path, macs="50%")
+    assert len(list(context.cache_dir.glob("database-*"))) == 3
 
 
 def test_a_pruned_model_is_pruned_on(context, tmp_path):
@@ -319,7 +323,12 @@ def test_activations_that_are_not_finite(context, tmp_path):
         ({"macs": "50%", "shape": "0x8"}, "`batch`"),
         ({"macs": "50%", "damping": 0}, "`damping`"),
         ({"macs": "50%", "fit_damping": 0.0}, "`fit_damping`"),
-        ({"macs": "50%", "ffn_levels": 0}, "`levels`"),
+        ({"macs": "50%", "fit_damping": "1e-2"}, r"`fit_damping` must be a number above 0, got '1e-2' \(YAML takes"),
+        ({"macs": "50%", "damping": "1e-4"}, r"`damping` must be a number above 0, got '1e-4' \(YAML takes"),
+        ({"macs": "50%", "damping": None}, "`damping`"),
+        ({"macs": "50%", "ffn_levels": 0}, "`ffn_levels`"),
+        ({"macs": "50%", "ffn_levels": 16.0}, "`ffn_levels`"),
+        ({"macs": "50%", "multiple_of": 8.0}, "`multiple_of`"),
     ],
 )
 def test_options_that_cannot_be(options, told):
@@ -356,7 +365,28 @@ def test_outline_tells_what_would_fail_after_long_work(context, tmp_path):
     with pytest.raises(ValueError, match=r"letters must not exist or be empty.*To resolve"):
         stage.outline(before, context)
     (folder / FILE).write_text("{}")
-    stage.outline(before, context)  # loading it says what is wrong
+    with pytest.raises(ValueError, match=r"letters must be a database of sub-layer sizes.*To resolve"):
+        stage.outline(before, context)
+
+
+def test_outline_refuses_tables_and_databases_of_others(context, tmp_path):
+    model = tiny("bert", layers=2)
+    before, options = Outline(structure_of(model)), {**QUICK, "shape": "2x8", "threads": 1}
+    folder, table = tmp_path / "sizes", tmp_path / "table.json"
+    pruned_by(model, context, tmp_path, macs="50%", database=str(folder))
+    RetrainingFreePruning(macs="40%", database=str(folder), **options).outline(before, context)
+    with pytest.raises(ValueError, match=r"other settings \(levels 4 and not 8\).*To resolve"):
+        RetrainingFreePruning(macs="40%", database=str(folder), **{**options, "ffn_levels": 8}).outline(before, context)
+    latency_table(model, (2, 4), (32, 64), Conditions(2, 8, 1), table, min_runs=2, min_seconds=0.0)
+    RetrainingFreePruning(speedup=2, latency_table=str(table), **options).outline(before, context)
+    for change, told in (({"shape": "2x16"}, "another length"), ({"threads": 2}, "another threads")):
+        with pytest.raises(ValueError, match=rf"{told} .*To resolve"):
+            RetrainingFreePruning(speedup=2, latency_table=str(table), **{**options, **change}).outline(before, context)
+    table.write_text(json.dumps({**json.loads(table.read_text()), "machine": {**machine(), "cpu": "Z80"}}))
+    stage = RetrainingFreePruning(speedup=2, latency_table=str(table), **options)
+    with pytest.raises(ValueError, match=r"another machine \(cpu Z80 and not .*force_table"):
+        stage.outline(before, context)
+    replace(stage, force_table=True).outline(before, context)
 
 
 def test_divergences():

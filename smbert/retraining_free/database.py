@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ SCHEMA_VERSION = 1
 FILE = "database.json"
 # Rounding may add this much to an error: a share of it, and of the sub-layer's whole output.
 _ROUNDING = (0.01, 1e-6)
+_ABOUT = ("model", "data", "settings", "tokens")
+_STALE_S = 3600  # a layer takes seconds, so what has not grown for so long is a killed run's
 
 
 @dataclass(frozen=True)
@@ -131,22 +134,8 @@ class Database:
             ValueError: not a database, or one of another checkpoint, other data or other settings.
         """
         folder = Path(folder)
-        try:
-            values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            about = {key: values[key] for key in ("model", "data", "settings", "tokens")}
-            sublayers = tuple(
-                SubLayer(s["part"], s["layer"], tuple(s["order"]), tuple(s["sizes"]), tuple(s["errors"]))
-                for s in values["sublayers"]
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder} must be a database of sub-layer sizes, but reading its {FILE} gave {error!r}. To resolve, delete the "
-                "folder, so that it is built anew, or name another one."
-            ) from error
-        if values.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"{folder} is of another version of smbert. To resolve, delete it, so that it is built anew."
-            )
+        values = _read(folder)
+        about = {key: values[key] for key in _ABOUT}
         if about["model"] != model_fingerprint(model):
             raise ValueError(
                 f"{folder} is a database of another checkpoint: its weights would not fit this model's. To resolve, name another "
@@ -157,17 +146,9 @@ class Database:
                 f"{folder} is a database of other calibration data. To resolve, name another folder, delete this one, or go back "
                 "to its `samples`, `calibration`, seed and training rows."
             )
-        asked = {} if settings is None else asdict(settings)
-        if changed := [
-            f"{name} {about['settings'].get(name)} and not {value}"
-            for name, value in asked.items()
-            if about["settings"].get(name) != value
-        ]:
-            raise ValueError(
-                f"{folder} is a database of other settings ({', '.join(changed)}). To resolve, name another folder, delete this one, "
-                "or go back to its settings."
-            )
-        return cls(folder, about, sublayers)
+        if settings is not None:
+            _check_settings(folder, about["settings"], settings)
+        return cls(folder, about, values["sublayers"])
 
     def weights(self, sublayer: SubLayer, size: int) -> tuple[Tensor, Tensor | None]:
         """The output projection of a sub-layer at a size smaller than all: weight (hidden, size * dim), bias; float32."""
@@ -207,11 +188,51 @@ class Database:
         put(linear, columns, *self.weights(sublayer, size))
 
 
+def check_folder(folder: Path, settings: Settings) -> None:
+    """What can be said before there is a model: ValueError for a database of other settings, or something else in its place."""
+    if (folder / FILE).is_file():
+        _check_settings(folder, _read(folder)["settings"], settings)
+    else:
+        check_vacant(folder)
+
+
 def check_vacant(folder: Path) -> None:
     """ValueError where something lies in the place of a database that is still to be built."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"{folder} must not exist or be empty, since it is no database of sizes. To resolve, name another folder, or delete it."
+        )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What the JSON file says, with its sub-layers as such."""
+    try:
+        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        sublayers = tuple(
+            SubLayer(s["part"], s["layer"], tuple(s["order"]), tuple(s["sizes"]), tuple(s["errors"]))
+            for s in values["sublayers"]
+        )
+        found = {"sublayers": sublayers, **{key: values[key] for key in _ABOUT}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} must be a database of sub-layer sizes, but reading its {FILE} gave {error!r}. To resolve, delete the "
+            "folder, so that it is built anew, or name another one."
+        ) from error
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"{folder} is of another version of smbert. To resolve, delete it, so that it is built anew.")
+    return found
+
+
+def _check_settings(folder: Path, found: Mapping[str, Any], settings: Settings) -> None:
+    changed = [
+        f"{name} {found.get(name)} and not {value}"
+        for name, value in asdict(settings).items()
+        if found.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} is a database of other settings ({', '.join(changed)}). To resolve, name another folder, delete this one, "
+            "or go back to its settings."
         )
 
 
@@ -253,6 +274,9 @@ def build_database(
     main, folder = process_state().is_main_process, Path(folder)
     check_vacant(folder)
     part_folder = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    for left in folder.parent.glob(f".{folder.name}.*.part") if main else ():
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
     found: list[SubLayer] = []
     failure: Exception | None = None
     try:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..modeling import ADD_NORMS, encoder_layers, family_of
 from ..surgery import empty_parts, pass_by, structure_of
 from .reconstruct import Reduce
-from .stream import PARTS, inputs_of
+from .stream import PARTS, inputs_of, masks_of_chunks
 
 
 @torch.no_grad()
@@ -38,8 +38,11 @@ def without_empty_parts(
     mask: list[Tensor] = []
 
     def watch(part: tuple[int, int]) -> Any:
+        mask_of = masks_of_chunks(mask)
+
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x, y = (t[mask[0]].double().cpu() for t in (args[0], output))  # (tokens, hidden)
+            real = mask_of(output)
+            x, y = (t[real].double().cpu() for t in (args[0], output))  # (tokens, hidden)
             sums[part] += torch.stack([torch.ones_like(x), x, y, x * x, x * y]).sum(1)
 
         return hook

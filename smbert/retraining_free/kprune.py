@@ -3,8 +3,8 @@
 For each sub-layer from bottom to top:
 
 1. Score all units of this and the later sub-layers by the knowledge that they carry: 1/2 (dKL / dmask)^2 of the answers, KL from the
-   original's at temperature 2, and 2.5e-4 times sum x^2 * mean(w^2) of the representations, both per cost. A head has one
-   mask and counts the sum over its columns, which is what the paper's mean over 64 columns times mu = 64 comes to.
+   original's at temperature 2, and 2.5e-4 times sum x^2 * mean(w^2) of the representations, both per cost. A head counts the sum
+   over its columns, which is what the paper's mean over 64 columns times mu = 64 comes to; it has one mask, and not one for each.
 2. One threshold for all these units spends what is left of the budget; only this sub-layer's units below it are removed.
 3. Its output projection is fitted to the original's residual stream in closed form.
 
@@ -29,7 +29,7 @@ from .cost_table import CostTable
 from .masksearch import mask_gradients
 from .reconstruct import Reduce, refit
 from .sequential import moments_towards
-from .stream import PARTS, Calls, Stream
+from .stream import PARTS, Calls, Stream, masks_of_chunks, record
 from .working_copy import output_projection, put, working_copy
 
 logger = logging.getLogger(__name__)
@@ -80,10 +80,13 @@ def prune_by_knowledge(
     keys = [(part, layer) for layer in range(len(widths)) for part in PARTS]
     units = {(part, layer): count for layer, pair in enumerate(widths) for part, count in zip(PARTS, pair)}
     kept: dict[tuple[str, int], tuple[int, ...]] = {}
+    # Under what the passes run under, or the first scores would be the difference in rounding.
+    with training_attention(copy):
+        answers = record(copy, batches, autocast).outputs
     for number, (part, layer) in enumerate(keys):
         # The streams stay on the back end that recorded `calls`, whose masks are its own.
         with training_attention(copy):
-            scores = knowledge(model, copy, calls, batches, keys[number:], autocast, reduce)
+            scores = knowledge(copy, answers, batches, keys[number:], autocast, reduce)
         step = 1 if part == "attention_output" else multiple_of
         kept[part, layer] = _above_threshold(scores, price, (part, layer), left, step)
         left -= price[part] * len(kept[part, layer])
@@ -108,16 +111,20 @@ def check_linear(table: CostTable) -> None:
 
 
 def knowledge(
-    model: PreTrainedModel,
     copy: PreTrainedModel,
-    calls: Calls,
+    answers: Sequence[Tensor],
     batches: Sequence[Mapping[str, Any]],
     keys: Sequence[tuple[str, int]],
     autocast: torch.dtype | None = None,
     reduce: Reduce | None = None,
 ) -> dict[tuple[str, int], Tensor]:
-    """What each unit of the sub-layers `keys` of a partly pruned copy knows, (units,) each; not yet per cost."""
-    kind, targets = problem_kind(model), iter(calls.outputs)
+    """What each unit of the sub-layers `keys` of a partly pruned copy knows, (units,) each; not yet per cost.
+
+    Args:
+        copy: a working copy of the original.
+        answers: the original's on each batch.
+    """
+    kind, targets = problem_kind(copy), iter(answers)
     mask: list[Tensor] = []  # of the batch that runs
 
     def objective(inputs: dict[str, Tensor]) -> Tensor:
@@ -126,7 +133,7 @@ def knowledge(
         found = (out.logits if "logits" in out else out.last_hidden_state).float()
         return divergence(found, next(targets), kind, inputs.get("attention_mask"), TEMPERATURE)
 
-    dim = structure_of(model).head_dim
+    dim = structure_of(copy).head_dim
     squares = {key: torch.zeros(_linear(copy, key).in_features, dtype=torch.float64) for key in keys}
     gradients = {
         key: torch.zeros(len(squares[key]) // (dim if key[0] == "attention_output" else 1), dtype=torch.float64)
@@ -155,8 +162,10 @@ def _input_squares(copy: PreTrainedModel, squares: dict[tuple[str, int], Tensor]
     """Within the context, forwards add to `squares` the sum over real tokens of each projection's squared inputs."""
 
     def watch(key: tuple[str, int]) -> Any:
+        mask_of = masks_of_chunks(mask)
+
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            real = args[0].detach().float() * mask[0][..., None]
+            real = args[0].detach().float() * mask_of(args[0])[..., None]
             squares[key] += real.square().sum((0, 1)).double().cpu()
 
         return hook

@@ -87,8 +87,7 @@ def latency_table(
     """
     sizes = {"heads": sorted({0, *heads}), "ffn": sorted({0, *ffn})}
     about = {
-        **asdict(conditions),
-        "machine": {**machine(), **versions(conditions.engine)},
+        **_about(conditions),
         "attention": model.config._attn_implementation,
         "model": _shape_of(model),
         "sizes": sizes,
@@ -114,9 +113,11 @@ def machine() -> dict[str, Any]:
 
 
 def _shape_of(model: PreTrainedModel) -> dict[str, Any]:
-    structure = structure_of(model)
+    structure, config = structure_of(model), model.config
+    names = ("hidden_act", "hidden_activation", "activation")  # as the families call it
     return {
         "class": type(model).__name__,
+        "activation": next((getattr(config, name) for name in names if hasattr(config, name)), None),
         "family": structure.family.model_type,
         "hidden_size": structure.hidden_size,
         "head_dim": structure.head_dim,
@@ -143,7 +144,20 @@ def read_table(path: Path, keys: Iterable[str] = ()) -> tuple[CostTable, dict[st
         ) from error
 
 
-def _read(path: Path, about: Mapping[str, Any], force: bool) -> CostTable:
+def check_table(path: Path, conditions: Conditions, force: bool = False) -> None:
+    """What can be said of a table before there is a model.
+
+    Raises:
+        ValueError: no latency table, or one of another machine, engine, shape or number of threads.
+    """
+    _checked(path, _about(conditions), force)
+
+
+def _about(conditions: Conditions) -> dict[str, Any]:
+    return {**asdict(conditions), "machine": {**machine(), **versions(conditions.engine)}}
+
+
+def _checked(path: Path, about: Mapping[str, Any], force: bool) -> CostTable:
     table, found = read_table(path, about)
     for key, what in (("machine", "on another machine"), ("engine", "with another engine")):
         if found[key] != about[key] and not force:
@@ -153,11 +167,16 @@ def _read(path: Path, about: Mapping[str, Any], force: bool) -> CostTable:
                 "so that it is measured anew, or use it all the same with `force_table`."
             )
     for key in ("batch", "length", "threads", "attention", "model"):
-        if found[key] != about[key]:
+        if key in about and found[key] != about[key]:
             raise ValueError(
                 f"{path} was measured for another {key} ({', '.join(_changes(found[key], about[key]))}). To resolve, name another "
                 "file, or delete it, so that it is measured anew."
             )
+    return table
+
+
+def _read(path: Path, about: Mapping[str, Any], force: bool) -> CostTable:
+    table = _checked(path, about, force)
     for part, name in ((table.heads, "heads"), (table.ffn, "ffn")):
         if missing := sorted(set(about["sizes"][name]) - set(part)):
             raise ValueError(
@@ -180,7 +199,7 @@ def whole_models_ms(
     models: Mapping[str, PreTrainedModel], conditions: Conditions, *, warmup: int = 3, min_runs: int, min_seconds: float
 ) -> dict[str, float]:
     """Undisturbed milliseconds of models, timed in turns."""
-    inputs = _inputs(next(iter(models.values())), conditions)
+    inputs = _inputs(min(models.values(), key=lambda m: m.config.vocab_size), conditions)  # all know its tokens
     with served(models, conditions.engine, conditions.threads) as modules:
         timed = latency_on(
             modules, [inputs], label="ms", warmup=warmup, min_runs=min_runs, min_seconds=min_seconds, threads=conditions.threads,

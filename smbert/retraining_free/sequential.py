@@ -84,6 +84,7 @@ def fit_to_original(
                     for other, one in zip(pruned.see(part), seen, strict=True)
                 )
                 _write(linear, *refit(linear.weight, linear.bias, _moments(pairs, reduce), damping))
+        del seen  # before the next layer's is there
         pruned.advance()
 
 

@@ -127,7 +127,7 @@ def record(
         answers: whether `Calls.outputs` are wanted; if not, the layers of all batches but the first are left to the `Stream`.
 
     Raises:
-        ValueError: no batches, an answer that is not finite, or layers that do not keep the samples apart.
+        ValueError: no batches, an answer (where wanted, or of the first batch) that is not finite, or layers that do not keep the samples apart.
     """
     calls = Calls([], [], [], [], autocast)
     layers, training = encoder_layers(model), model.training
@@ -137,13 +137,17 @@ def record(
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0], args[1:], kwargs))
 
+    def first(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not put_out:
+            put_out.append(output)
+
     def nothing(state: Tensor, *_: Any, **__: Any) -> Any:
         return (state,) if isinstance(put_out[0], tuple) else state
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(layers[0].register_forward_hook(lambda _, args, output: put_out.append(output)).remove)
+        stack.callback(layers[0].register_forward_hook(first).remove)
         stack.callback(model.train, training)
         model.eval()
         for batch in batches:
@@ -316,6 +320,23 @@ class Stream:
         ):
             return _tensor(layer(state, *args, **kwargs))
         return None
+
+
+def masks_of_chunks(mask: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """For the hook of one module, which may see a batch in chunks of tokens: the mask of the chunk that it is called with.
+
+    Args:
+        mask: holds that of the batch which runs, (batch, seq).
+    """
+    begin = 0
+
+    def own(chunk: Tensor) -> Tensor:
+        nonlocal begin
+        here = mask[0][:, begin : begin + chunk.shape[1]]
+        begin = (begin + chunk.shape[1]) % mask[0].shape[1]
+        return here
+
+    return own
 
 
 def _tensor(output: Any) -> Tensor:

@@ -24,10 +24,10 @@ from ..measure import max_positions
 from ..processes import process_state
 from ..retraining_free.calibration import SOFT, CalibrationLoss
 from ..retraining_free.cost_table import CostTable, counted_costs
-from ..retraining_free.database import FILE, Database, Settings, build_database, check_vacant
+from ..retraining_free.database import FILE, Database, Settings, build_database, check_folder
 from ..retraining_free.empty_parts import without_empty_parts
 from ..retraining_free.kprune import check_linear, prune_by_knowledge
-from ..retraining_free.latency_table import Conditions, latency_table, read_table, whole_models_ms
+from ..retraining_free.latency_table import Conditions, check_table, latency_table, whole_models_ms
 from ..retraining_free.masksearch import prune_by_fisher
 from ..retraining_free.obs import prune_by_obs
 from ..retraining_free.search import check_reachable, options_of
@@ -67,8 +67,8 @@ class RetrainingFreePruning(Stage):
         batch_size: rows of one batch, more where they have fewer than 64 tokens; the result does not depend on it.
         calibration: so many of these rows judge by the divergence from the model's own answers, softened, and are not fitted themselves:
             one half leads the search for sizes, the other judges what it found, and, by hidden states, the fit (obs, like the next four).
-        search_steps: sizes that are tried beside those that the measured effect of each sub-layer suggests; a sixth more where what
-            they really take asks for others.
+        search_steps: sizes that are tried beside those that the measured effect of each sub-layer suggests; a sixth more, at most
+            twice, where what they really take asks for others.
         ffn_levels: FFN sizes are multiples of 1 / ffn_levels of the widest layer.
         damping: added to the diagonal of second moments, as a share of its mean.
         database: folder of the database of sizes, made there if there is none; by default in the run's cache.
@@ -124,7 +124,16 @@ class RetrainingFreePruning(Stage):
         for name in ("macs", "params"):
             if getattr(self, name) is not None:
                 parse(getattr(self, name), name)
-        counts = ("samples", "tokens", "batch_size", "calibration", "search_steps", "threads")
+        counts = (
+            "samples",
+            "tokens",
+            "batch_size",
+            "calibration",
+            "search_steps",
+            "ffn_levels",
+            "multiple_of",
+            "threads",
+        )
         for name, least in ((name, int(name != "search_steps")) for name in counts):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -141,8 +150,14 @@ class RetrainingFreePruning(Stage):
             raise ValueError(
                 f"`calibration` must be below `samples` = {self.samples}, got {self.calibration}. To resolve, lower it."
             )
-        if self.fit_damping is not None and not 0 < self.fit_damping < math.inf:
-            raise ValueError(f"`fit_damping` must be above 0, got {self.fit_damping!r}. To resolve, try 1.0e-2.")
+        for name in ("damping", "fit_damping"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value < math.inf) and (name, value) != ("fit_damping", None):
+                hint = " (YAML takes 1e-2 for text and 1.0e-2 for a number)" if isinstance(value, str) else ""
+                raise ValueError(
+                    f"`{name}` must be a number above 0, got {value!r}{hint}. To resolve, try {1e-4 if name == 'damping' else 1e-2}."
+                )
         self._settings()
         self._conditions()
 
@@ -169,9 +184,8 @@ class RetrainingFreePruning(Stage):
         known_task(self.task, context)
         if self.timed:
             self._check_timing(context.teacher)
-        folder = None if self.database is None or self.method != "obs" else Path(self.database)
-        if folder is not None and not (folder / FILE).is_file():
-            check_vacant(folder)
+        if self.database is not None and self.method == "obs":
+            check_folder(Path(self.database), self._settings())
         # The budget decides on sizes that the run alone knows.
         return replace(before, heads_known=False)
 
@@ -182,7 +196,7 @@ class RetrainingFreePruning(Stage):
                 f"`shape` must have at most {most} tokens, the positions of this model, got {self.shape!r}. To resolve, lower it."
             )
         if self.table_file is not None and self.table_file.exists():
-            read_table(self.table_file)
+            check_table(self.table_file, self._conditions(), self.force_table)
 
     def run(self, model: PreTrainedModel, context: Context, workdir: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         start = time.perf_counter()
@@ -254,7 +268,7 @@ class RetrainingFreePruning(Stage):
     def _kprune(self, model: PreTrainedModel, rows: Dataset, context: Context) -> Result:
         batches = self._batches(rows, context)
         table = self._even_table(model, context)
-        limit, calls = self._limit(table, model), record(model, batches)
+        limit, calls = self._limit(table, model), record(model, batches, answers=False)
         assert self.fit_damping is not None  # checked above
         pruned, info = prune_by_knowledge(
             model, calls, batches, table, limit,
@@ -291,7 +305,9 @@ class RetrainingFreePruning(Stage):
     def _database(self, model: PreTrainedModel, calls: Calls, rows: Dataset, context: Context) -> Database:
         data = dataset_fingerprint(rows)
         settings = self._settings()
-        key = json.dumps([model_fingerprint(model), data, asdict(settings)])
+        # What is captured under autocast is another calibration.
+        precision = [] if calls.autocast is None else [str(calls.autocast)]
+        key = json.dumps([model_fingerprint(model), data, asdict(settings), *precision])
         name = f"database-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         folder = context.cache_dir / name if self.database is None else Path(self.database)
         there = (folder / FILE).is_file()
