@@ -35,7 +35,16 @@ from smbert._int8_row import with_int8_teacher  # noqa: E402
 from smbert._report_tables import INT8_TEACHER, TEACHER  # noqa: E402
 from smbert._rows import at_most, read_files  # noqa: E402
 from smbert.checkpoints import load_model  # noqa: E402
-from smbert.classical import STUDENTS, TeacherSource, distill_classical, longest_row, soft_label, texts_of  # noqa: E402
+from smbert.classical import (  # noqa: E402
+    STUDENTS,
+    TeacherSource,
+    check_kind,
+    distill_classical,
+    longest_row,
+    settings_of,
+    soft_label,
+    texts_of,
+)  # fmt: skip
 from smbert.cli import add_data_flags, data_of, guarded, pairs  # noqa: E402
 from smbert.compress import MAJORITY  # noqa: E402
 from smbert.context import Context, device_of_run, on_device  # noqa: E402
@@ -80,12 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     out, settings = Path(args.output), {"seed": args.seed, **pairs(args.changes, "--set")}
+    settings_of(settings)
     set_seed(args.seed)  # of a raw checkpoint's head
     teacher = load_model(args.model, trust_remote_code=args.trust_remote_code)
     tokenizer = as_tokenizer(args.model, args.tokenizer, args.trust_remote_code)
     if args.train_file and args.label_names is None:
         args.label_names = label_names(teacher)
     task, data = data_of(args)
+    check_kind(task)
     data["validation"] = at_most(data["validation"], args.validation_samples, "--validation-samples")
     quiet = args.disable_tqdm
 

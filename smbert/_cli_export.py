@@ -91,7 +91,8 @@ def run_export(args: argparse.Namespace) -> None:
             f"{attempt['setting']}: {made.manifest['gate']['metric_name']} {attempt['metric']:.4f}, {-attempt['drop_points']:+.2f} points{verdict}"
         )
     print(f"{made.folder}: {made.setting}, {made.size_mb:.1f} MB")
-    print(f'python {made.folder / "runtime.py"} "your text"')
+    texts = '"one text" "the other"' if made.manifest["texts_per_row"] == 2 else '"your text"'
+    print(f"python {made.folder / 'runtime.py'} {texts}")
 
 
 def _data(args: argparse.Namespace) -> tuple[Any, Any]:

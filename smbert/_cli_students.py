@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,14 @@ def add_parsers(commands: Any) -> None:
 def run_distill(args: argparse.Namespace) -> None:
     from .checkpoints import load_model
     from .classical import distill_classical, texts_of
+    from .classical.files import check_free
     from .cli import data_of, pairs
     from .context import on_device
     from .heads import label_names
     from .inputs import as_tokenizer
     from .tasks import majority_baseline
 
+    check_free(Path(args.output_dir))
     settings = pairs(args.changes, "--set")
     settings |= {"features": features} if (features := _features(args, settings)) is not None else {}
     pool = _pool(args)
@@ -152,12 +155,16 @@ def _classifier(place: str, args: argparse.Namespace) -> Any:
 
 def _features(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     """The features that the flags change; None for the student's own."""
-    from .classical import TextFeatures
+    from .classical.kinds import KINDS
 
     if "features" in settings:
         raise ValueError("`features` must be set by --words and --chars. To resolve, use these flags.")
     if args.words is None and args.chars is None:
         return None
+    if args.student not in KINDS:
+        raise ValueError(
+            f"--words and --chars are of students that count n-grams, got {args.student}. To resolve, leave them out."
+        )
     values: dict[str, Any] = {}
     for name in ("words", "chars"):
         if (text := getattr(args, name)) is not None:
@@ -165,7 +172,7 @@ def _features(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
                 values[name] = None if text == "none" else tuple(int(part) for part in text.split(","))
             except ValueError:
                 raise ValueError(f"`--{name}` must look like 1,2, got {text!r}. To resolve, correct it.") from None
-    return TextFeatures(**values)
+    return replace(KINDS[args.student].features, **values)
 
 
 def _pool(args: argparse.Namespace) -> Dataset | IterableDataset | None:

@@ -284,10 +284,14 @@ def _compete(scores: Scores, budget: Budget, widths: Widths, costs: Costs, limit
 
     def take(blocks: Iterable[_Block], fits: Callable[[_Block], bool]) -> None:
         nonlocal spent
+        ended = set()  # a layer's last block may be cheaper than a better one that was too much
         for block in sorted(blocks, key=lambda block: block.order):
-            if fits(block):
+            place = (block.kind, block.layer)
+            if place not in ended and fits(block):
                 kept[block.kind][block.layer] += block.units
                 spent += block.cost
+            else:
+                ended.add(place)
 
     free: list[_Block] = []
     for kind, (name, part, cost) in enumerate((("heads", scores.heads, costs.head), ("ffn", scores.ffn, costs.neuron))):

@@ -325,5 +325,12 @@ def sha256(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    for answer in Classifier(Path(__file__).parent)(sys.argv[1:]):
+    classifier, given = Classifier(Path(__file__).parent), sys.argv[1:]
+    if classifier.manifest["texts_per_row"] == 2:
+        if len(given) % 2:
+            sys.exit(f"texts come in pairs, got {len(given)}. To resolve, pass two for each answer.")
+        answers = classifier(list(zip(given[::2], given[1::2])))
+    else:
+        answers = classifier(given)
+    for answer in answers:
         print(json.dumps(answer, ensure_ascii=False))

@@ -214,6 +214,15 @@ def test_derived_widths_fit_their_budget():
         uniform_widths_for(structure)
 
 
+def test_a_cheaper_last_block_does_not_pass_a_better_one():
+    """20 neurons in blocks of 8, 8 and 4: where the second block is too much, the third would fit."""
+    model = tiny("bert", layers=1, intermediate_size=20)
+    scores = Scores([torch.ones(4).double()], [torch.arange(20, 0, -1).double()])
+    room = totals(keep_units(model, PruningPlan((tuple(range(4)),), (tuple(range(12)),))))["macs"]
+    plan = plan_for(model, scores, Budget(macs=room, scope="global", multiple_of=8, min_heads=4))
+    assert plan.ffn == (tuple(range(8)),)
+
+
 PLAN = PruningPlan(((0, 1, 3), (), (2,), (0, 1)), (tuple(range(40)), (3, 4), (), tuple(range(64))))
 
 

@@ -139,6 +139,8 @@ def test_text_in_another_script() -> None:
     model = as_classifier(predict, label_names=NAMES)
     assert explain(model, "这部电影很好看").top(1)[0][0] == "好"
     assert explain(model, "фильм был хорош").top(1)[0][0] == "хорош"
+    words = explain(model, "हिन्दी की फ़िल्म cafe\u0301s").units
+    assert [unit.text for unit in words] == ["हिन्दी", "की", "फ़िल्म", "cafe\u0301s"]
 
 
 def test_pairs_have_two_sides() -> None:

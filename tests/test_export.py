@@ -18,6 +18,7 @@ from run_helpers import WORDS, tiny_tokenizer
 from tiny_models import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from smbert.checkpoints import load_model
 from smbert.export.gate import Gate
 from smbert.modeling import FAMILIES
 from smbert.runtime import Classifier, open_graph
@@ -310,6 +311,33 @@ def test_a_gate_refuses_and_says_by_how_much(bert: Path, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_gate_never_passes_what_answers_nan(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, logits = labelled(bert), Classifier.logits
+
+    def overflow(self: Classifier, texts: Any) -> np.ndarray:
+        found = logits(self, texts)
+        return np.full_like(found, np.nan) if self.manifest["setting"]["precision"] == "int8" else found
+
+    monkeypatch.setattr(Classifier, "logits", overflow)
+    made = export(bert, tmp_path / "out", precision="int8", gate=Gate(TASK, rows, max_drop=0.5))
+    tried = made.manifest["gate"]["attempts"]
+    assert made.setting.precision == "fp32" and len(tried) > 1 and tried[-1]["passed"]
+    assert all(a["finite"] is False and not a["passed"] and a["drop_points"] == 100 for a in tried[:-1])
+    for drop, told in (
+        (None, "must be finite: int8 dynamic per channel answers NaN"),
+        (0.5, "per channel answers NaN"),
+    ):
+        with pytest.raises(ValueError, match=rf"{told}.*Nothing was written"):
+            export(bert, tmp_path / "no", precision="int8", gate=Gate(TASK, rows, max_drop=drop, fallback=False))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_gate_measures_half_precision_models_against_fp32(bert: Path, tmp_path: Path) -> None:
+    rows, model = labelled(bert), load_model(bert)
+    gate = export(model.bfloat16(), tmp_path / "out", gate=Gate(TASK, rows), tokenizer=bert).manifest["gate"]
+    assert gate["attempts"][0]["largest_logit_difference"] < 1e-5
+
+
 @pytest.mark.parametrize("drop", [-1, float("nan"), float("inf"), "much", True])
 def test_a_gate_without_sense(drop: Any, bert: Path) -> None:
     with pytest.raises(ValueError, match="`max_drop`"):
@@ -402,6 +430,14 @@ def test_an_export_that_answers_differently_is_refused(
     with pytest.raises(RuntimeError, match=r"differ by 5\.0e-01"):
         export(bert, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = tiny("bert", layers=1)
+    model.classifier.weight.data[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="differ by nan"):
+        export(checkpoint(tmp_path / "model", model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,15 @@ def test_engines_that_are_unknown_or_not_installed(copied: Path, monkeypatch: py
         Classifier(copied)
 
 
+def test_pairs_as_a_script(copied: Path) -> None:
+    change(copied, texts_per_row=2)
+    command = [sys.executable, "-B", str(copied / "runtime.py"), *TEXTS[:3]]
+    done = subprocess.run([*command, TEXTS[0]], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "texts come in pairs, got 3. To resolve" in done.stderr
+
+
 def test_as_a_script(folder: Path, classify: Classifier) -> None:
     command = [sys.executable, "-B", str(folder / "runtime.py"), TEXTS[0], TEXTS[1]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

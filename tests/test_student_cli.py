@@ -16,6 +16,8 @@ from tiny_models import tiny
 from smbert._cli_students import _pool, add_parsers
 from smbert._report_tables import INT8_TEACHER
 from smbert.classical import load_student
+from smbert.classical.features import count_vectorizers
+from smbert.classical.kinds import KINDS
 from smbert.cli import guarded
 from smbert.report import Report
 from smbert.text_latency import text_latency
@@ -121,7 +123,21 @@ def test_errors_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Capture
     assert "one or two" in fails(capsys, "explain", "a", "b", "c", "--text", "a")
     assert "same labels" in fails(capsys, *explain[:2], place / "other", *out, "--text", "a")
     assert "`samples`" in fails(capsys, *explain, "--text", "a", "--samples", 1)
+    assert "count n-grams" in fails(
+        capsys, *distill, "--model", place / "teacher", "--student", "static_embedding", "--words", "1,2"
+    )
     assert not (tmp_path / "x").exists()
+    full = ["distill-classical", *data, "--model", place / "nobody", "--output-dir", place]
+    assert "earlier student" in fails(capsys, *full)  # before the teacher is looked for
+
+
+def test_flags_change_the_students_own_features(place: Path, tmp_path: Path) -> None:
+    flags = [*data_flags(place), "--student", "decision_tree", "--words", "1,2", "--output-dir", tmp_path / "s"]
+    assert run("distill-classical", *flags, "--disable-tqdm") == 0
+    vectorizer = next(count_vectorizers(load_student(tmp_path / "s").pipeline[0]))
+    own = KINDS["decision_tree"].features
+    assert vectorizer.ngram_range == (1, 2) and own.words == (1, 1)
+    assert (vectorizer.min_df, vectorizer.max_features) == (own.min_df, own.max_features)
 
 
 # ------------------------------------------------------------------------------------------------------------- the recipe

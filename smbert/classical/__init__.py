@@ -88,7 +88,7 @@ def distill_classical(
             words, or a setting out of range; before any work.
         TypeError: an unknown setting.
     """
-    options = _settings(settings)
+    options = settings_of(settings)
     if student not in STUDENTS:
         raise ValueError(f"`student` must be one of {', '.join(STUDENTS)}, got {student!r}. To resolve, choose one.")
     kind = KINDS.get(student)
@@ -182,7 +182,8 @@ def _accuracy(training: Mapping[str, Any]) -> float:
     return float(training.get("out_of_fold_accuracy", training.get("accuracy")) or 0)
 
 
-def _settings(given: Mapping[str, Any]) -> Settings:
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """The settings; TypeError for an unknown name, ValueError for a value out of range."""
     known = [entry.name for entry in fields(Settings)]
     if unknown := sorted(set(given) - set(known)):
         raise TypeError(
@@ -209,11 +210,7 @@ def _checked(
             raise ValueError("`task` must be given where no row is labelled. To resolve, pass a smbert.Task.")
     elif task is None:
         task = custom_task_from(train)
-    if task.kind != "single_label":
-        raise ValueError(
-            f"`task` must be of kind single_label for a classical student, got {task.kind}. "
-            "To resolve, use smbert.compress for such a task."
-        )
+    check_kind(task)
     if isinstance(pool, Dataset):
         check_pool(pool, task)
     if train is None:
@@ -223,6 +220,15 @@ def _checked(
         logits = np.asarray(list(train["teacher_logits"]), dtype=np.float32).reshape(len(train), -1)
         prepared = with_teacher_logits(prepared, logits)
     return task, prepared
+
+
+def check_kind(task: Task) -> None:
+    """ValueError for a task that classical students do not learn."""
+    if task.kind != "single_label":
+        raise ValueError(
+            f"`task` must be of kind single_label for a classical student, got {task.kind}. "
+            "To resolve, use smbert.compress for such a task."
+        )
 
 
 def load_student(folder: str | Path) -> Student:

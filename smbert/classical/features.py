@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,10 @@ from sklearn.pipeline import FeatureUnion
 
 # Chinese and Japanese are written without spaces: there every character is a word, and word pairs catch the compounds.
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = rf"(?u)[{UNSPACED}]|[^\W{UNSPACED}]+"
+# Vowel signs of Indic and Thai writing, points of Arabic and Hebrew, accents that stand on their own: for `re` they are no letters.
+MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
+LETTERS = rf"[^\W{UNSPACED}]+(?:[{MARKS}]+[^\W{UNSPACED}]*)*"  # of one word
+WORD = rf"(?u)[{UNSPACED}]|{LETTERS}"
 WEIGHTINGS = ("tfidf", "counts", "binary")
 _HASH_BITS, _CROSS_BITS, _CROSS_WORDS = 20, 18, 24
 _OVERLAPS = (

@@ -45,10 +45,7 @@ def write_student(folder: str | Path, about: dict[str, Any], write: Callable[[Pa
         OSError: it could not be written; its previous contents are intact.
     """
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder.is_dir() and ((folder / ABOUT).is_file() or not any(folder.iterdir()))):
-        raise ValueError(
-            f"`folder` must be new, empty or an earlier student, got {folder}. To resolve, choose another name."
-        )
+    check_free(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +54,9 @@ def write_student(folder: str | Path, about: dict[str, Any], write: Callable[[Pa
         write(partial)
         files = {str(f.relative_to(partial)): _sha256(f) for f in sorted(partial.rglob("*")) if f.is_file()}
         described = {"schema_version": SCHEMA_VERSION, "scikit_learn": sklearn.__version__, **about, "files": files}
-        (partial / ABOUT).write_text(json.dumps(described, indent=1, ensure_ascii=False), encoding="utf-8")
+        # A grid of numpy's numbers leaves such among the parameters.
+        text = json.dumps(described, indent=1, ensure_ascii=False, default=lambda number: number.item())
+        (partial / ABOUT).write_text(text, encoding="utf-8")
         put_in_place(partial, folder)
     except OSError as error:
         raise OSError(
@@ -66,6 +65,14 @@ def write_student(folder: str | Path, about: dict[str, Any], write: Callable[[Pa
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """ValueError where something else than a student lies."""
+    if folder.exists() and not (folder.is_dir() and ((folder / ABOUT).is_file() or not any(folder.iterdir()))):
+        raise ValueError(
+            f"`folder` must be new, empty or an earlier student, got {folder}. To resolve, choose another name."
+        )
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.linear_model import Ridge
 
-from ..classical.features import UNSPACED
+from ..classical.features import LETTERS, UNSPACED
 
 # A word with its apostrophes; where scripts have no spaces, a character.
-_UNIT = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+(?:['’][^\W{UNSPACED}]+)*")
+_UNIT = re.compile(rf"[{UNSPACED}]|{LETTERS}(?:['’]{LETTERS})*")
 # Below it a probability has not moved: rounding would otherwise be explained.
 _CONSTANT = 1e-7
 

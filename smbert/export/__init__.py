@@ -291,8 +291,15 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _refusal(reference: Reference, attempts: Sequence[dict[str, Any]]) -> str:
-    tried = "; ".join(f"{a['setting']} loses {a['drop_points']:.2f} points ({a['metric']:.4f})" for a in attempts)
+    tried = "; ".join(
+        f"{a['setting']} loses {a['drop_points']:.2f} points ({a['metric']:.4f})"
+        if a.get("finite", True)
+        else f"{a['setting']} answers NaN or infinity"
+        for a in attempts
+    )
     gate = reference.gate
+    if gate.max_drop is None:
+        return f"the artefact's answers must be finite: {tried}. Nothing was written. To resolve, use fp32 or int8."
     return (
         f"no artefact may lose more than {gate.max_drop} points of torch's {gate.task.headline} "
         f"{reference.metric(reference.logits):.4f} on {len(gate.rows)} rows of {gate.task.name!r}, and {tried}. Nothing was written. "

@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints import in_fp32
 from ..heads import check_labels
 from ..runtime import Classifier
 from ..tasks import Task, tokenize
@@ -72,7 +73,7 @@ class Reference:
         check_labels(model, gate.task)
         rows = tokenize(gate.rows, gate.task, tokenizer, max_length)
         assert isinstance(rows, Dataset)
-        return cls(gate, predict_logits(model, rows, DistillCollator(tokenizer), disable_tqdm=True))
+        return cls(gate, predict_logits(in_fp32(model), rows, DistillCollator(tokenizer), disable_tqdm=True))
 
     def metric(self, logits: np.ndarray) -> float:
         """The headline metric of some logits."""
@@ -80,9 +81,15 @@ class Reference:
         return task.compute(logits, np.asarray(self.gate.rows[task.label_column][:]))[task.headline]
 
     def judge(self, folder: Path) -> dict[str, Any]:
-        """Runs an artefact on the rows: its metric, the points it loses, whether it passes, and how far its logits are from torch's."""
+        """Runs an artefact on the rows: its metric, the points it loses, whether it passes, and how far its logits are from torch's.
+
+        Answers that are not finite never pass, and count as a metric of 0.
+        """
         logits = Classifier(folder, verify=False, warm=False).logits(self.gate.texts)
-        before, after = self.metric(self.logits), self.metric(logits)
+        before = self.metric(self.logits)
+        if not np.isfinite(logits).all():  # half precision overflows where fp32 does not
+            return {"metric": 0.0, "drop_points": round(100 * before, 4), "passed": False, "finite": False}
+        after = self.metric(logits)
         drop = 100 * (before - after)
         limit = self.gate.max_drop
         return {
