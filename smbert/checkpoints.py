@@ -23,7 +23,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, tokenizer: Any = None
     """Saves a model (safetensors and JSON only) so that `folder` is either as it was or complete.
 
     It is written to the sibling `.NAME.partial`, which then takes the place of `folder`. Files of the old folder that
-    are neither weights nor written anew (a README, a tokenizer) are carried over.
+    are neither a checkpoint's weights or code nor written anew (a README, a tokenizer) are carried over.
 
     Args:
         model: of a stock or a slim class.
@@ -79,8 +79,11 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 
 def _carry_over(old: Path, new: Path) -> None:
+    config = old / "config.json"
+    shipped = config.is_file() and '"modeling.' in config.read_text(encoding="utf-8")  # its auto_map names the file
     for path in old.iterdir():
-        stale = re.search(r"(\.safetensors(\.index\.json)?|\.bin|^modeling\.py)$", path.name)
+        weights = re.fullmatch(r"(model.*\.safetensors|pytorch_model.*\.bin)(\.index\.json)?", path.name)
+        stale = weights or (shipped and path.name == "modeling.py")
         if not stale and not (new / path.name).exists():
             if path.is_dir():
                 shutil.copytree(path, new / path.name)

@@ -31,7 +31,7 @@ from .measure import count_parameters, environment, latency, macs, max_positions
 from .processes import process_state
 from .recipe import Recipe
 from .report import Report, Row, model_card, write_model_card
-from .runner import Runner, context_at_end, run_recipe, write_json
+from .runner import CONTROL, Runner, context_at_end, run_recipe, write_json
 from .stages import (
     DepthReduction,
     Distill,
@@ -58,7 +58,7 @@ class CompressionResult:
 
     Attributes:
         model: the compressed model, in eval mode.
-        tokenizer: the checkpoint's.
+        tokenizer: the checkpoint's, or what a pruning of its vocabulary has left of it.
         report: every row that was measured; also in `output_dir` as report.json, report.md and report.png.
         output_dir: stage folders, the report, and `model`, a folder that loads with `from_pretrained`.
         recipe: as it was run.
@@ -215,7 +215,10 @@ def compress(
         if not finetuned:
             master, record = runner.run(chain.teacher, student, context, "00-teacher")
             seconds[TEACHER] = record["seconds"]
-    begin = copy.deepcopy(master) if from_teacher else student
+    # Copies, since stages move what comes in to the device of the run; both answer as the task asks, whatever their configs leave open.
+    begin = copy.deepcopy(master if from_teacher else student)
+    for one in (master, begin):
+        one.config.problem_type = spec.problem_type  # type: ignore[assignment]
     context = replace(context, teacher=freeze(master), results={"00-teacher": runner.output_dir / "00-teacher"})
     report = Report(command=command or "smbert.compress(...)", environment=environment())
     # A finished run that is started again keeps its report until the new one is there.
@@ -234,9 +237,9 @@ def compress(
     tok = contexts[STUDENT].tokenizer
     seconds[STUDENT] = sum(r["seconds"] for r in records)
     if baseline:
-        start = untaught_start(chain, student, context)
+        start = copy.deepcopy(untaught_start(chain, student, context))
         twin_chain = undistilled(chain, small, start, len(context.data.train))
-        twin_runner = Runner(runner.output_dir / "undistilled", resume)
+        twin_runner = Runner(runner.output_dir / CONTROL, resume)
         twin, twin_records = run_recipe(twin_chain, start, context, twin_runner)
         models[UNDISTILLED] = twin
         contexts[UNDISTILLED] = context_at_end(twin_chain, context, twin_runner)
@@ -295,7 +298,9 @@ def undistilled(recipe: Recipe, small: PreTrainedModel, start: PreTrainedModel, 
         rows: labelled ones that it learns from.
     """
     widths = structure_of(small).layer_widths
-    heads, ffn = (tuple(w[i] for w in widths) for i in (0, 1))
+    # Of a start whose layers differ the first ones may be narrower than those that the distilled model has kept.
+    pairs = zip(widths, structure_of(start).layer_widths)
+    heads, ffn = zip(*((min(h, most[0]), min(f, most[1])) for (h, f), most in pairs))
     shallower = len(widths) < structure_of(start).num_layers
     least = min(1, *(min(pair) for pair in widths))  # whole sub-layers may be missing
     stages = [recipe.teacher, *recipe.stages]

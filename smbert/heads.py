@@ -55,14 +55,19 @@ def check_labels(model: PreTrainedModel, task: Task) -> None:
             f"`num_labels` must agree: the model was trained on {model.config.num_labels} labels, the data of {task.name!r} have "
             f"{task.num_labels}. To resolve, correct the data, or pass new_head=True (flag --new-head) for a fresh classifier."
         )
-    own, names = label_names(model), [name.casefold() for name in task.label_names]
-    if own is None or not names or all(name.isdigit() for name in names):
-        return
-    if [name.casefold() for name in own] != names:
+    if own := other_names(model, task):
         raise ValueError(
             f"label names must agree, in this order: the model has {own}, the data have {list(task.label_names)}. To resolve, rename "
             "the labels of one of them, or compress with new_head=True (flag --new-head) for a fresh classifier."
         )
+
+
+def other_names(model: PreTrainedModel, task: Task) -> list[str]:
+    """The model's label names where both have names and these are not the task's in this order, else none."""
+    own, names = label_names(model), [name.casefold() for name in task.label_names]
+    if own is None or not names or all(name.isdigit() for name in names):
+        return []
+    return [] if [name.casefold() for name in own] == names else list(own)
 
 
 def with_head(model: PreTrainedModel, task: Task, fresh: bool = False) -> PreTrainedModel:

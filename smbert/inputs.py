@@ -30,6 +30,16 @@ STAGE_OWNED = {
 }
 
 
+# What a Trainer of ours cannot do, and the value that asks for nothing.
+ELSEWHERE: dict[str, Any] = {
+    "do_eval": False,
+    "eval_strategy": "no",
+    "label_smoothing_factor": 0.0,
+    "load_best_model_at_end": False,
+    "neftune_noise_alpha": None,
+}
+
+
 def as_recipe(recipe: str | Path | Recipe | Sequence[Stage]) -> Recipe:
     """A recipe from its name, its file, its stages or itself."""
     if isinstance(recipe, Recipe):
@@ -40,10 +50,10 @@ def as_recipe(recipe: str | Path | Recipe | Sequence[Stage]) -> Recipe:
 
 
 def as_options(args: Mapping[str, Any] | TrainingArguments | None) -> dict[str, Any]:
-    """The `TrainingArguments` fields that the user set.
+    """The `TrainingArguments` fields that the user set; of an object, those that differ from the defaults of transformers.
 
     Raises:
-        ValueError: a field that does not exist, or one that stages set themselves.
+        ValueError: a field that does not exist, one that stages set themselves, or one that they have no use for.
     """
     if isinstance(args, TrainingArguments):
         default, given = TrainingArguments(output_dir=args.output_dir).to_dict(), args.to_dict()
@@ -56,6 +66,11 @@ def as_options(args: Mapping[str, Any] | TrainingArguments | None) -> dict[str, 
     if owned := sorted(set(options) & set(STAGE_OWNED)):
         places = ", ".join(f"{name} as {STAGE_OWNED[name]}" for name in owned)
         raise ValueError(f"`args` must not hold {', '.join(owned)}, which the stages set. To resolve, set {places}.")
+    if useless := sorted(name for name in ELSEWHERE if options.get(name, ELSEWHERE[name]) != ELSEWHERE[name]):
+        raise ValueError(
+            f"`args` must not hold {', '.join(useless)}: stages evaluate by themselves (`keep_best`) and have losses of their own. To "
+            "resolve, leave it out."
+        )
     process_state()  # decides on the back end before TrainingArguments can
     try:
         training_arguments(Path("unused"), options)

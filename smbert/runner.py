@@ -33,11 +33,13 @@ from .context import Context
 from .modeling import layer_widths
 from .processes import process_state
 from .recipe import Recipe
-from .stages import Distill, Stage, TrainingStage, VocabPruning
+from .stages import STAGES, Distill, Stage, TrainingStage, VocabPruning
+from .stages.distill import TARGET_TEACHER
 from .teacher import dataset_fingerprint, model_fingerprint
 
 logger = logging.getLogger(__name__)
-STAGE_FILE = "stage.json"
+STAGE_FILE, INPUTS_FILE = "stage.json", "inputs.json"
+CONTROL = "undistilled"  # a folder of stages of its own, which goes with those of the run that it is the control of
 # Rows that follow the metric from stage to stage; the report scores the whole validation split.
 PROBE_ROWS = 1000
 
@@ -79,8 +81,8 @@ class Runner:
 
     def _start_over(self) -> None:
         if self.starts_over and self.state.is_main_process and self.output_dir.is_dir():
-            for folder in _stage_folders(self.output_dir):
-                shutil.rmtree(folder)
+            for folder in (*_stage_folders(self.output_dir), self.output_dir / CONTROL):
+                shutil.rmtree(folder, ignore_errors=not folder.exists())
         self.starts_over = False
         self.state.wait_for_everyone()
 
@@ -132,7 +134,7 @@ class Runner:
             if workdir.exists() and _read_inputs(workdir) is None:
                 shutil.rmtree(workdir)  # checkpoints of settings that nobody knows
             workdir.mkdir(parents=True, exist_ok=True)
-            write_json(workdir / "inputs.json", inputs)
+            write_json(workdir / INPUTS_FILE, inputs)
         self.state.wait_for_everyone()
         set_seed(context.seed)
         start = time.perf_counter()
@@ -258,7 +260,7 @@ def stage_inputs(stage: Stage, model: PreTrainedModel, context: Context) -> dict
     if isinstance(stage, TrainingStage) and stage.keep_best:
         out["validation"] = dataset_fingerprint(data.validation)
     if isinstance(stage, Distill):
-        if stage.teacher == "teacher" and context.teacher is not None:
+        if stage.teacher in TARGET_TEACHER and context.teacher is not None:
             out["teacher"] = model_fingerprint(context.teacher)
         elif (place := Path(context.results.get(stage.teacher, stage.teacher))).is_dir():
             out["teacher"] = weights_hash(place)
@@ -321,15 +323,25 @@ def _refuse(folder: Path, changes: list[str]) -> None:
 
 
 def _stage_folders(output_dir: Path) -> list[Path]:
-    """Finished stages and the work folders of interrupted ones."""
-    return sorted([*output_dir.glob("[0-9][0-9]-*"), *output_dir.glob(".[0-9][0-9]-*.work")])
+    """Finished stages and the work folders of interrupted ones, and nothing else whose name begins with a number."""
+    numbered = [*output_dir.glob("[0-9][0-9]-*"), *output_dir.glob(".[0-9][0-9]-*.work")]
+    kinds = {"teacher", *STAGES}
+    return sorted(
+        folder
+        for folder in numbered
+        if folder.is_dir()
+        and (
+            folder.name.removeprefix(".").removesuffix(".work")[3:] in kinds
+            or any((folder / name).is_file() for name in (STAGE_FILE, INPUTS_FILE))
+        )
+    )
 
 
 def _read_inputs(folder: Path) -> dict[str, Any] | None:
     """What a finished or interrupted stage was made from; None where the folder does not say."""
     try:
         if folder.name.endswith(".work"):
-            return dict(json.loads((folder / "inputs.json").read_text(encoding="utf-8")))
+            return dict(json.loads((folder / INPUTS_FILE).read_text(encoding="utf-8")))
         return dict(json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))["inputs"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

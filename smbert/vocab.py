@@ -175,9 +175,10 @@ def with_pieces_of(model: PreTrainedModel, folder: str | Path, tokenizer: PreTra
     Raises:
         ValueError: `tokenizer` was not made from the one in the folder.
     """
-    if not Path(folder, "tokenizer.json").is_file():
+    try:
+        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError):  # it has none to compare with
         return model
-    own = AutoTokenizer.from_pretrained(str(folder))
     return model if own.get_vocab() == tokenizer.get_vocab() else keep_vocabulary(model, kept_ids(own, tokenizer))
 
 

@@ -44,6 +44,7 @@ from smbert.objectives import GoldObjective, HiddenObjective, LogitsObjective, R
 from smbert.recipe import Recipe
 from smbert.report import Report
 from smbert.stages import DepthReduction, Distill, Finetune, WidthPruning
+from smbert.surgery import PruningPlan, keep_layers, keep_units, structure_of
 from smbert.tasks import Task, glue_task
 from smbert.teacher import model_fingerprint
 from smbert.trainer import SmbertTrainer
@@ -707,6 +708,18 @@ def test_recipes_that_cannot_be_read(
     contains(refused(tuned, yaml), *words)
 
 
+def test_a_teacher_of_a_stage_with_its_labels_in_another_order(refused: Callable[..., str], tmp_path: Path) -> None:
+    names = {"up": 0, "down": 1}
+    turned = {"id2label": {1: "up", 0: "down"}, "label2id": {"up": 1, "down": 0}}
+    model = checkpoint(
+        tmp_path / "model", tiny("bert", max_position_embeddings=132, label2id=names, id2label={0: "up", 1: "down"})
+    )
+    other = checkpoint(tmp_path / "other", tiny("bert", max_position_embeddings=132, **turned))
+    named = {n: d.cast_column("label", ClassLabel(names=["up", "down"])) for n, d in splits().items()}
+    told = refused(model, [Distill(teacher=str(other))], train_dataset=named["train"], eval_dataset=named["validation"])
+    contains(told, "in this order, ['up', 'down'], got", "with ['down', 'up']")
+
+
 def test_a_head_that_nothing_has_trained(refused: Callable[..., str], raw: Path, tuned: Path) -> None:
     raw_start = replace(tiny_recipe(), start="checkpoint")
     contains(refused(raw, raw_start), "stage 01-depth_reduction", "finetune stage")
@@ -766,6 +779,10 @@ def test_a_target_without_the_stages_for_it(refused: Callable[..., str], tuned: 
         ({"lr_scheduler_type": "wavy"}, ["wavy"]),
         ({"optim": "none-such"}, ["none-such"]),
         ({"run_name": object()}, ["`args`"]),
+        (
+            {"eval_strategy": "epoch", "label_smoothing_factor": 0.1},
+            ["eval_strategy, label_smoothing_factor", "keep_best"],
+        ),
     ],
 )
 def test_arguments_that_do_not_exist_or_belong_to_stages(
@@ -795,6 +812,47 @@ def test_a_refused_run_costs_nothing_that_is_there(tuned: Path, tmp_path: Path) 
     assert stage_folders(out) == NAMES and Report.read(out) == first.report
     second = run(tuned, out, tiny_recipe(batch_size=4), resume=False)
     assert model_fingerprint(second.model) != model_fingerprint(first.model)
+
+
+def test_an_interrupted_restart_goes_on_without_the_old_control(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", tiny_recipe(batch_size=4)
+    run(tuned, out, baseline=True)
+    module: Any = importlib.import_module("smbert.compress")
+    monkeypatch.setattr(module, "undistilled", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(tuned, out, other, resume=False, baseline=True)
+    monkeypatch.undo()
+    assert stage_folders(out) == NAMES
+    result = run(tuned, out, other, baseline=True)
+    assert module.UNDISTILLED in [row.name for row in result.report.rows]
+
+
+def test_the_control_of_a_start_with_uneven_layers_is_no_wider_than_that(tuned: Path) -> None:
+    module: Any = importlib.import_module("smbert.compress")
+    start = load_model(tuned)
+    heads = tuple(tuple(range(n)) for n in (1, 4, 1, 4)[: structure_of(start).num_layers])
+    uneven = keep_units(start, PruningPlan(heads, PruningPlan.full(start).ffn))
+    small = keep_layers(uneven, [1, 2])
+    pruning = next(
+        s for s in module.undistilled(Recipe((Distill(),)), small, uneven, 100).stages if isinstance(s, WidthPruning)
+    )
+    assert pruning.heads == (1, 1)
+
+
+def test_several_labels_are_judged_as_such_whatever_the_checkpoint_says(raw: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(raw, num_labels=3)
+    assert model.config.problem_type is None
+    rows = {
+        n: d.remove_columns("label").add_column("labels", [[1, 0, 1], [0, 1, 0]] * (len(d) // 2))
+        for n, d in splits().items()
+    }
+    result = compress(
+        model, [DepthReduction(layers=2, method="truncate", keep="importance")], train_dataset=rows["train"], eval_dataset=rows["validation"],
+        tokenizer=AutoTokenizer.from_pretrained(raw), output_dir=tmp_path / "out", args=QUIET, baseline=False, int8_teacher=False,
+    )  # fmt: skip
+    assert result.model.config.problem_type == "multi_label_classification" and model.config.problem_type is None
 
 
 def test_another_recipe_is_refused_before_the_teacher_is_made(raw: Path, tmp_path: Path) -> None:

@@ -353,10 +353,17 @@ def test_save_keeps_other_files_and_drops_stale_ones(tmp_path):
     (folder / "README.md").write_text("mine")
     (folder / "logs").mkdir()
     (folder / "logs" / "a.txt").write_text("mine too")
-    (folder / "model-00001-of-00002.safetensors").write_text("stale")
+    for stale in ("model-00001-of-00002.safetensors", "pytorch_model.bin"):
+        (folder / stale).write_text("stale")
+    for mine in ("train.bin", "adapter_model.safetensors"):
+        (folder / mine).write_text("mine")
     model = tiny("bert")
     save_model(model, folder)
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md", "logs"}
+    own = {"README.md", "logs", "train.bin", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", *own}
+    (folder / "modeling.py").write_text("mine, since this config names none")
+    save_model(model, folder)
+    assert (folder / "modeling.py").read_text().startswith("mine")
     assert (folder / "logs" / "a.txt").read_text() == "mine too"
     assert torch.equal(outputs(load_model(folder), batch(model)), outputs(model, batch(model)))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

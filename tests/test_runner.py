@@ -43,6 +43,7 @@ from smbert.inputs import tokenised
 from smbert.recipe import Recipe
 from smbert.runner import Runner, run_recipe, stage_inputs, weights_hash
 from smbert.stages import DepthReduction, Distill, Finetune, RetrainingFreePruning, WidthPruning
+from smbert.stages.distill import TARGET_TEACHER
 from smbert.surgery import structure_of
 from smbert.tasks import Task
 from smbert.teacher import freeze, model_fingerprint
@@ -197,8 +198,14 @@ def test_a_work_folder_left_beside_its_finished_stage_goes(copied: Path, no_work
 def test_starting_over(copied: Path, finished: Path) -> None:
     (copied / ".04-finetune.work").mkdir()
     (copied / "my-notes.txt").write_text("mine")
+    (copied / "05-data").mkdir()
+    (copied / "06-notes.txt").write_text("mine")
+    go(copied)  # they are no stages of another recipe
     go(copied, resume=False, seed=5)
-    assert stage_folders(copied) == NAMES and (copied / "my-notes.txt").read_text() == "mine"
+    assert (copied / "05-data").is_dir() and (copied / "06-notes.txt").read_text() == "mine"
+    assert (
+        stage_folders(copied) == [*NAMES, "05-data", "06-notes.txt"] and (copied / "my-notes.txt").read_text() == "mine"
+    )
     assert not same_weights(copied / NAMES[-1], finished / NAMES[-1])
 
 
@@ -278,6 +285,14 @@ def test_another_teacher_is_refused(copied: Path, no_work: None) -> None:
     context = replace(context, teacher=freeze(tiny("bert", max_position_embeddings=132, seed=3)))
     with pytest.raises(ValueError, match="02-distill was made with other settings: the teacher is another one"):
         run_recipe(tiny_recipe(), model, context, Runner(copied))
+
+
+@pytest.mark.parametrize("name", TARGET_TEACHER)
+def test_the_teacher_counts_by_either_of_its_names(copied: Path, name: str) -> None:
+    _, context = start(copied)
+    two = [replace(context, teacher=freeze(tiny("bert", max_position_embeddings=132, seed=seed))) for seed in (3, 4)]
+    one, other = (stage_inputs(Distill(teacher=name), tiny("bert"), c) for c in two)
+    assert one["teacher"] != other["teacher"]
 
 
 def test_other_data_are_refused(copied: Path, no_work: None) -> None:

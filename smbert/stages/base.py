@@ -89,7 +89,7 @@ class TrainingStage(Stage):
         epochs: passes over the data; ignored where `max_steps` is set.
         max_steps: optimiser steps, -1 for none.
         learning_rate: peak of a linear schedule.
-        batch_size: rows of one optimiser step, over all processes.
+        batch_size: rows of one optimiser step, over all processes, each of which gets as many; what does not divide is dropped.
         warmup_ratio: share of the steps that warm up.
         weight_decay: AdamW's.
         max_train_samples: a fixed random subset of the training rows.

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel
 
 from .._sizes import Size, count_from
 from ..context import Context, TaskData, on_device
 from ..modeling import encoder_layers
 from ..objectives import GoldObjective, build_objectives
+from ..retraining_free.calibration import divergence, problem_kind
 from ..surgery import Structure, keep_layers, structure_of
 from ..teacher import predict_logits
 from ..trainer import ReplacingSchedule, Theseus
@@ -29,7 +29,7 @@ class DepthReduction(TrainingStage):
     Paper: BERT-of-Theseus (2020), as used twice (12 -> 6 -> 3) by the SmBERT paper with the values of its Tab. 1.
 
     Attributes:
-        layers: how many stay: a number, or a share such as "1/2" (rounded, at least 1).
+        layers: how many stay: a number, or a share such as "1/2" (rounded up).
         method: "theseus" trains each kept layer to replace the layers that it stands for; "truncate" does not train.
         keep: which layers start the successor: "first" (the reference), "uniform" (every n/M-th), "last", "importance" (those
             whose skipping raises the loss most), or a list of 0-based layer numbers.
@@ -164,7 +164,7 @@ class DepthReduction(TrainingStage):
 def most_important_layers(model: PreTrainedModel, n: int, rows: Dataset, context: Context) -> list[int]:
     """Drop, one after the other, the layer whose skipping leaves the outputs closest to the model's own; n stay.
 
-    Measured as KL(full || skipped) on the logits, MSE where there is one logit; needs no labels.
+    Measured by `divergence`: KL(full || skipped) of the class probabilities, or what is its like for the task; needs no labels.
     """
     layers = list(range(len(encoder_layers(model))))
     full = torch.from_numpy(predict_logits(model, rows, context.collator, disable_tqdm=True))
@@ -176,11 +176,6 @@ def most_important_layers(model: PreTrainedModel, n: int, rows: Dataset, context
             except ValueError:  # a family's first layer may have to stay
                 continue
             logits = torch.from_numpy(predict_logits(skipped, rows, context.collator, disable_tqdm=True))
-            if logits.shape[-1] == 1:
-                losses[layer] = nn.functional.mse_loss(logits, full).item()
-            else:
-                losses[layer] = nn.functional.kl_div(
-                    logits.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="batchmean"
-                ).item()
+            losses[layer] = divergence(logits, full, problem_kind(model)).mean().item()
         layers.remove(min(losses, key=lambda layer: losses[layer]))
     return layers

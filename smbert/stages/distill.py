@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints import load_model
 from ..context import Context, TaskData, on_device
-from ..heads import with_head
+from ..heads import other_names, with_head
 from ..importance import sum_over_ranks
 from ..objectives import (
     OBJECTIVES,
@@ -59,7 +59,7 @@ class Distill(TrainingStage):
 
     Attributes:
         objectives: the losses and their weights; see `smbert.objectives`.
-        teacher: "teacher" (the target task's), the folder name of an earlier stage ("00-finetune"), or a checkpoint.
+        teacher: "teacher" (the target task's), the folder name of an earlier stage ("01-finetune"), or a checkpoint.
         student: a checkpoint that takes the place of the model that flows.
         data: "task" (labelled rows), "pool" (unlabelled texts), or "both"; "auto" is both where there is a pool.
         full_rate_at: mean divergence of the student's answers from the teacher's, before the first step, from which on
@@ -167,6 +167,11 @@ class Distill(TrainingStage):
             raise ValueError(
                 f"`teacher` must have the {task.num_labels} labels of task {task.name!r}, got {self.teacher} with "
                 f"{model.config.num_labels}. To resolve, give a checkpoint that was fine-tuned on this task."
+            )
+        if own := other_names(model, task):
+            raise ValueError(
+                f"`teacher` must have the labels of task {task.name!r} in this order, {list(task.label_names)}, got {self.teacher} with "
+                f"{own}. To resolve, rename or reorder the labels of the data."
             )
         context.check_fits(model, f"teacher {self.teacher}")
         return Outline(structure_of(model), task=after.task)
