@@ -22,6 +22,7 @@ from .measure import environment
 from .processes import process_state
 from .recipe import Recipe
 from .report import Report
+from .runner import Runner
 from .stages import EmbeddingFactorisation, RetrainingFreePruning, Stage, TrainingStage, VocabPruning
 
 # Of the speed-up that was asked for: what a prediction from a table of sub-layers may miss by.
@@ -127,6 +128,8 @@ def compress_family(
         # In turns with the teacher: a product of all members' factors would hold the errors of them all. Older records have those alone.
         reached = timed.get("teacher_speedup", reached * timed["speedup"])
         if len(members) == 1:
+            for later in sorted(set(speedups))[1:]:  # or a restart that is interrupted could not be resumed
+                Runner(out / f"{later:g}x", options.get("resume", True)).start_over()
             made = result.output_dir / "00-teacher"
             teacher = teacher or (made if made.is_dir() else model)
             options["new_head"] = False  # the members have it

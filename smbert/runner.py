@@ -79,7 +79,8 @@ class Runner:
             if kept is not None:
                 _refuse(folder, differences({"stage": kept.get("stage")}, {"stage": stages[name].to_dict()}))
 
-    def _start_over(self) -> None:
+    def start_over(self) -> None:
+        """Removes the stages that an earlier run left, where this one does not resume; to be called once it has begun to work."""
         if self.starts_over and self.state.is_main_process and self.output_dir.is_dir():
             for folder in (*_stage_folders(self.output_dir), self.output_dir / CONTROL):
                 shutil.rmtree(folder, ignore_errors=not folder.exists())
@@ -98,7 +99,7 @@ class Runner:
             ValueError: the folder is damaged, or holds the result of another recipe; the message says what differs.
             OSError: the disk is full; what was finished stays.
         """
-        self._start_over()
+        self.start_over()
         folder, workdir = self.output_dir / name, self.output_dir / f".{name}.work"
         inputs = stage_inputs(stage, model, context)
         finished = finished_stage(folder, inputs)

@@ -31,7 +31,8 @@ from smbert.classical import (
     soft_label,
 )
 from smbert.classical.kinds import KINDS, fit, fit_temperature, logits_of_targets, stacked
-from smbert.classical.rows import TeacherSource, soft_targets
+from smbert.classical.rows import Taught, TeacherSource, soft_targets
+from smbert.classical.static import _hold_back
 from smbert.tasks import Task, tokenize
 from smbert.teacher import DistillCollator, predict_logits, with_teacher_logits
 
@@ -637,3 +638,14 @@ def test_on_real_reviews() -> None:
         student = distill_classical(None, train, student=kind, folds=0)
         assert isinstance(student, ClassicalStudent)
         assert accuracy(student, test) > majority + 0.15, kind
+
+
+def test_few_labels_are_judged_by_the_same_rows_with_and_without_a_pool() -> None:
+    gold = np.array([0, 1] * 30)
+    alone = Taught(["w"] * 60, np.eye(2)[gold], gold)
+    joined = alone + Taught(["v"] * 300, np.full((300, 2), 0.5), np.full(300, -1))
+    (_, few), (train, held) = (_hold_back(rows, seed=3) for rows in (alone, joined))
+    assert len(few) == 6 and held[:6].tolist() == few.tolist() and len(held) == 36 and (joined.gold[held[6:]] < 0).all()
+    assert sorted([*train, *held]) == list(range(360))
+    many = Taught(["w"] * 205, np.full((205, 2), 0.5), np.zeros(205, int)) + joined.select(np.arange(60, 360))
+    assert (many.gold[_hold_back(many, seed=3)[1]] == 0).all() and len(_hold_back(many, seed=3)[1]) == 20

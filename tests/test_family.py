@@ -95,6 +95,25 @@ def test_each_member_comes_from_the_one_before(tmp_path: Path, quick: None, monk
     assert [row.metrics for row in again.report.rows] == [row.metrics for row in report.rows]
 
 
+def test_an_interrupted_restart_goes_on_without_the_old_members(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, model = tmp_path / "out", raw_checkpoint(tmp_path / "model")
+    run(model, out)
+    other = replace(RECIPE, stages=(RECIPE.stages[0], replace(RECIPE.stages[1], learning_rate=1e-3)))
+    family = importlib.import_module("smbert.family")
+    compress, calls = family.compress, iter((True, False))
+    monkeypatch.setattr(
+        family,
+        "compress",
+        lambda *a, **k: compress(*a, **k) if next(calls) else (_ for _ in ()).throw(KeyboardInterrupt()),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(model, out, recipe=other, resume=False)
+    monkeypatch.setattr(family, "compress", compress)
+    assert sorted(run(model, out, recipe=other).members) == [1.5, 2]
+
+
 def test_a_faster_member_trains_longer(tmp_path: Path, quick: None) -> None:
     out = tmp_path / "out"
     run(raw_checkpoint(tmp_path / "model"), out, (1.5, 2.5))

@@ -138,7 +138,7 @@ def fit_static(
     """Trains on soft cross-entropy.
 
     Returns:
-        The model, its temperature, and what happened: the epoch that was kept and the accuracy on the rows held back.
+        The model, its temperature, and what happened: the epoch that was kept and the accuracy on the labelled rows held back.
     """
     pairs = bool(taught.texts) and not isinstance(taught.texts[0], str)
     classes = taught.targets.shape[1]
@@ -150,6 +150,8 @@ def fit_static(
         model.embedding.copy_(table / table.std())  # of unit size, whatever the teacher's, so that one rate suits all
     ids = encode(tokenizer, taught.texts, 2 if pairs else 1)
     train, held = _hold_back(taught, training.seed)
+    judged = taught.gold[held] >= 0
+    judged = judged if judged.any() else ~judged  # by the teacher's own answers, where there are no others
     wanted = torch.from_numpy(taught.targets).float()
     truth = np.where((taught.gold >= 0)[:, None], np.eye(classes)[np.maximum(taught.gold, 0)], taught.targets)[held]
     sparse = torch.optim.SparseAdam([model.embedding, model.token_weight], lr=training.learning_rate)
@@ -175,7 +177,7 @@ def fit_static(
         logs = shifted - np.logaddexp.reduce(shifted, axis=1, keepdims=True)
         loss = float(-(truth * logs).sum(axis=1).mean())
         if best is None or loss < best[0]:
-            accuracy = float((values.argmax(1) == truth.argmax(1)).mean())
+            accuracy = float((values.argmax(1) == truth.argmax(1))[judged].mean())
             state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             best = (loss, state, temperature, {"epochs": epoch + 1, "held_back": len(held), "accuracy": accuracy})
     assert best is not None  # there is at least one epoch
@@ -184,12 +186,15 @@ def fit_static(
 
 
 def _hold_back(taught: Taught, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers to train on and a tenth to judge by: of the labelled rows, or of all where that would be too few."""
-    candidates = np.flatnonzero(taught.gold >= 0)
+    """Row numbers to train on and a tenth to judge by: of the labelled rows, and of the others too where that would be too few.
+
+    Of the labelled rows it is the same tenth with and without others, so that two students can be compared by them.
+    """
+    labelled, others = np.flatnonzero(taught.gold >= 0), np.flatnonzero(taught.gold < 0)
     # The temperature explains away a handful of rows in any epoch, so that they could not tell a good one.
-    candidates = candidates if len(candidates) >= 10 * _FEWEST_HELD_BACK else np.arange(len(taught.gold))
-    number = min(max(len(candidates) // 10, 1), _MOST_HELD_BACK)
-    held = np.random.default_rng(seed).permutation(candidates)[:number]
+    groups = [labelled] if len(labelled) >= 10 * _FEWEST_HELD_BACK else [labelled, others]
+    rng = np.random.default_rng(seed)
+    held = np.concatenate([rng.permutation(g)[: min(max(len(g) // 10, 1), _MOST_HELD_BACK)] for g in groups])
     return np.setdiff1d(np.arange(len(taught.gold)), held), held
 
 
