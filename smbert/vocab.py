@@ -25,6 +25,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ._surgery_vocab import keep_vocabulary
 
 KINDS = ("WordPiece", "BPE", "Unigram")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -170,14 +178,17 @@ def kept_ids(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> list
 
 
 def with_pieces_of(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model itself if the tokenizer in its folder has the pieces of `tokenizer`, else a copy that knows these only.
+    """The model itself if the tokenizer in its folder or of its Hub id has the pieces of `tokenizer`, else a copy that knows these only.
 
     Raises:
-        ValueError: `tokenizer` was not made from the one in the folder.
+        ValueError: `tokenizer` was not made from that one.
     """
+    # A folder without one would get an empty one by its config.
+    if Path(folder).is_dir() and not any(Path(folder, name).is_file() for name in _TOKENIZERS):
+        return model
     try:
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError):  # it has none to compare with
+    except OSError:  # nor has a Hub id of a model alone
         return model
     return model if own.get_vocab() == tokenizer.get_vocab() else keep_vocabulary(model, kept_ids(own, tokenizer))
 

@@ -29,7 +29,7 @@ from smbert.stages.vocab import VocabPruning
 from smbert.surgery import PruningPlan, keep_units, load_model, save_model, structure_of
 from smbert.tasks import Task, prepare
 from smbert.teacher import freeze
-from smbert.vocab import choose_pieces, count_pieces, kept_ids, prune_tokenizer, segmentation_change
+from smbert.vocab import choose_pieces, count_pieces, kept_ids, prune_tokenizer, segmentation_change, with_pieces_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -344,6 +344,22 @@ def test_later_stages_teachers_and_resuming(run: Context, tmp_path: Path) -> Non
     assert end.teacher is not None and end.teacher.config.vocab_size == small.config.vocab_size
     again, _ = run_recipe(recipe, model, context, Runner(tmp_path / "out"))
     assert all(torch.equal(a, b) for a, b in zip(small.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_teacher_with_a_list_of_pieces_alone_follows_too(tmp_path: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", *(f"##{c}" for c in "abcdefgh"), "cab", "bad"]
+    model = tiny("bert", layers=1, vocab_size=len(pieces))
+    model.save_pretrained(tmp_path)
+    assert with_pieces_of(model, tmp_path, AutoTokenizer) is model  # a folder without any says nothing
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    assert own.get_vocab()["cab"] == 21 and with_pieces_of(model, tmp_path, own) is model
+    small = prune_tokenizer(own, [i for i in range(len(pieces)) if i not in (7, 15)])
+    follows = with_pieces_of(model, tmp_path, small)
+    one, other = (t("cab bad", return_tensors="pt") for t in (own, small))
+    assert one["input_ids"].tolist() != other["input_ids"].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(follows.eval()(**other).logits, model.eval()(**one).logits)
 
 
 def test_stage_as_yaml() -> None:
