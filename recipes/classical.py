@@ -44,7 +44,7 @@ from smbert.classical import (  # noqa: E402
     settings_of,
     soft_label,
     texts_of,
-)  # fmt: skip
+)
 from smbert.cli import add_data_flags, data_of, guarded, pairs  # noqa: E402
 from smbert.compress import MAJORITY  # noqa: E402
 from smbert.context import Context, device_of_run, on_device  # noqa: E402

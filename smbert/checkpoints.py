@@ -18,6 +18,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .modeling import HEADS, family_of
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
 
 def save_model(model: PreTrainedModel, folder: str | Path, tokenizer: Any = None) -> None:
     """Saves a model (safetensors and JSON only) so that `folder` is either as it was or complete.
@@ -150,6 +159,11 @@ def load_model(
         ) from error
     _check_loaded(info, config, place, fresh)
     return model.eval()
+
+
+def lacks_tokenizer(place: str | Path) -> bool:
+    """Whether a folder holds no tokenizer, in whose place transformers would make an empty one; False for a Hub id."""
+    return Path(place).is_dir() and not any(Path(place, name).is_file() for name in _TOKENIZER_FILES)
 
 
 def in_fp32(model: PreTrainedModel) -> PreTrainedModel:

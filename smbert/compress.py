@@ -237,7 +237,7 @@ def compress(
     tok = contexts[STUDENT].tokenizer
     seconds[STUDENT] = sum(r["seconds"] for r in records)
     if baseline:
-        start = copy.deepcopy(untaught_start(chain, student, context))
+        start = untaught_start(chain, student, context)
         twin_chain = undistilled(chain, small, start, len(context.data.train))
         twin_runner = Runner(runner.output_dir / CONTROL, resume)
         twin, twin_records = run_recipe(twin_chain, start, context, twin_runner)
@@ -278,10 +278,10 @@ def _sizes(goal: Target, model: PreTrainedModel, baseline: PreTrainedModel, runn
 
 
 def untaught_start(recipe: Recipe, model: PreTrainedModel, context: Context) -> PreTrainedModel:
-    """What the control begins with: `model`, or the checkpoint that the recipe puts in its place."""
+    """What the control begins with: a copy of `model`, or the checkpoint that the recipe puts in its place."""
     students = [s.student for s in recipe.stages if isinstance(s, Distill) and s.student]
     if not students:
-        return model
+        return copy.deepcopy(model)
     set_seed(context.seed)  # of a fresh head, by whose weights a resumed run knows the model again
     return with_head(load_model(students[-1]), context.data.task)
 

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from .checkpoints import lacks_tokenizer
 from .context import TaskData
 from .processes import process_state
 from .recipe import Recipe
@@ -31,7 +32,7 @@ STAGE_OWNED = {
 
 
 # What a Trainer of ours cannot do, and the value that asks for nothing.
-ELSEWHERE: dict[str, Any] = {
+UNUSABLE: dict[str, Any] = {
     "do_eval": False,
     "eval_strategy": "no",
     "label_smoothing_factor": 0.0,
@@ -66,7 +67,7 @@ def as_options(args: Mapping[str, Any] | TrainingArguments | None) -> dict[str, 
     if owned := sorted(set(options) & set(STAGE_OWNED)):
         places = ", ".join(f"{name} as {STAGE_OWNED[name]}" for name in owned)
         raise ValueError(f"`args` must not hold {', '.join(owned)}, which the stages set. To resolve, set {places}.")
-    if useless := sorted(name for name in ELSEWHERE if options.get(name, ELSEWHERE[name]) != ELSEWHERE[name]):
+    if useless := sorted(name for name in UNUSABLE if options.get(name, UNUSABLE[name]) != UNUSABLE[name]):
         raise ValueError(
             f"`args` must not hold {', '.join(useless)}: stages evaluate by themselves (`keep_best`) and have losses of their own. To "
             "resolve, leave it out."
@@ -119,7 +120,7 @@ def as_tokenizer(
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     place = tokenizer if tokenizer is not None else model.name_or_path if isinstance(model, PreTrainedModel) else model
-    if Path(str(place)).is_dir() and not any((Path(str(place)) / f).is_file() for f in TOKENIZER_FILES):
+    if lacks_tokenizer(str(place)):
         raise ValueError(
             f"{place} holds no tokenizer. To resolve, pass `tokenizer` (flag --tokenizer), or save one there."
         )
@@ -130,16 +131,6 @@ def as_tokenizer(
         raise ValueError(
             f"no tokenizer could be loaded from {str(place) or 'the model'!r}: {reason} To resolve, pass `tokenizer` (flag --tokenizer)."
         ) from error
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 def as_intermediate(

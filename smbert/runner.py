@@ -83,7 +83,8 @@ class Runner:
         """Removes the stages that an earlier run left, where this one does not resume; to be called once it has begun to work."""
         if self.starts_over and self.state.is_main_process and self.output_dir.is_dir():
             for folder in (*_stage_folders(self.output_dir), self.output_dir / CONTROL):
-                shutil.rmtree(folder, ignore_errors=not folder.exists())
+                if folder.is_dir():
+                    shutil.rmtree(folder)
         self.starts_over = False
         self.state.wait_for_everyone()
 

@@ -23,16 +23,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ._surgery_vocab import keep_vocabulary
+from .checkpoints import lacks_tokenizer
 
 KINDS = ("WordPiece", "BPE", "Unigram")
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -183,8 +176,7 @@ def with_pieces_of(model: PreTrainedModel, folder: str | Path, tokenizer: PreTra
     Raises:
         ValueError: `tokenizer` was not made from that one.
     """
-    # A folder without one would get an empty one by its config.
-    if Path(folder).is_dir() and not any(Path(folder, name).is_file() for name in _TOKENIZERS):
+    if lacks_tokenizer(folder):
         return model
     try:
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

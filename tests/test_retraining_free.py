@@ -328,6 +328,7 @@ def test_activations_that_are_not_finite(context, tmp_path):
         ({"macs": "50%", "damping": None}, "`damping`"),
         ({"macs": "50%", "ffn_levels": 0}, "`ffn_levels`"),
         ({"macs": "50%", "ffn_levels": 16.0}, "`ffn_levels`"),
+        ({"macs": "50%", "ffn_levels": None}, "`ffn_levels`"),
         ({"macs": "50%", "multiple_of": 8.0}, "`multiple_of`"),
     ],
 )

@@ -105,7 +105,7 @@ class StaticStudent(Student):
             vocabulary, width = weights["embedding"].shape
             model = StaticModel(vocabulary, width, classes, pairs)
             model.load_state_dict(weights)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask whether to
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None asks at a terminal
         except Exception as error:  # safetensors, torch and transformers raise their own
             raise ValueError(
                 f"{folder} must hold a static student's weights and tokenizer, but loading gave {error!r}. "

@@ -136,7 +136,8 @@ class RetrainingFreePruning(Stage):
         )
         for name, least in ((name, int(name != "search_steps")) for name in counts):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            optional = value is None and name in ("tokens", "threads")
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(
                     f"`{name}` must be an integer of at least {least}, got {value!r}. To resolve, correct it."
                 )
